@@ -1,0 +1,111 @@
+"""Where Gryphon keeps things. Directories are 0700 and files 0600: they hold people's words."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import platformdirs
+
+from app.errors import GryphonError
+from app.settings import Settings
+
+# sun_path holds 104 bytes on macOS and 108 on Linux, the closing zero included.
+_MAX_SOCKET_PATH = 103
+
+
+def _private(path: Path) -> Path:
+    """Create `path` and its missing parents, 0700, and return it."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        raise GryphonError(
+            "no_write_permission",
+            f"Gryphon cannot use its directory {path}: {error.strerror or error}. "
+            "Make it writable, or set GRYPHON_HOME to a directory you own.",
+        ) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise GryphonError(
+            "no_write_permission",
+            f"Gryphon cannot write to its directory {path}. "
+            "Make it writable, or set GRYPHON_HOME to a directory you own.",
+        )
+    return path
+
+
+def _directory(kind: str) -> Path:
+    home = Settings.from_environment().home
+    if home is not None:
+        _private(home)
+        return _private(home / kind)
+    dirs = platformdirs.PlatformDirs("gryphon", appauthor=False)
+    return _private(Path({"data": dirs.user_data_dir, "cache": dirs.user_cache_dir}[kind]))
+
+
+def data_dir() -> Path:
+    """Models and chats: what a person would back up."""
+    return _directory("data")
+
+
+def cache_dir() -> Path:
+    """What can be made again: downloads in progress, the prepared BLAS library."""
+    return _directory("cache")
+
+
+def state_dir() -> Path:
+    """Instance lock, engine socket, logs."""
+    home = Settings.from_environment().home
+    if home is not None:
+        _private(home)
+        return _private(home / "state")
+    dirs = platformdirs.PlatformDirs("gryphon", appauthor=False)
+    return _private(Path(dirs.user_state_dir) / "state")
+
+
+def models_dir() -> Path:
+    """Models converted by Gryphon, one directory each. Models from the hub stay in its cache."""
+    return _private(data_dir() / "models")
+
+
+def history_path() -> Path:
+    """The SQLite file that holds the chats."""
+    return data_dir() / "history.sqlite3"
+
+
+def engine_lock() -> Path:
+    """Locked by the gryphon that owns the engine."""
+    return state_dir() / "engine.lock"
+
+
+def engine_log() -> Path:
+    """What the engine process writes to its standard error."""
+    return state_dir() / "engine.log"
+
+
+def engine_socket() -> Path:
+    """The engine's UNIX socket; in a private directory under /tmp when the state path is too long.
+
+    Raises:
+        GryphonError: the short directory exists and belongs to somebody else.
+    """
+    path = state_dir() / "engine.sock"
+    if len(os.fsencode(path)) <= _MAX_SOCKET_PATH:
+        return path
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    short = Path(tempfile.gettempdir()) / f"gryphon-{os.getuid()}-{name}"
+    try:
+        short.mkdir(mode=0o700)
+    except FileExistsError:
+        info = short.lstat()
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+            raise GryphonError(
+                "unsafe_socket_directory",
+                f"{short} exists but is not a private directory of yours, so Gryphon will not put "
+                "its engine socket there. Remove it, or set GRYPHON_HOME to a shorter path.",
+            ) from None
+    return short / "engine.sock"

@@ -1,0 +1,64 @@
+"""Everything Gryphon reads from the environment, in one place."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.errors import GryphonError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of this process, as `from_environment` finds them."""
+
+    home: Path | None = None
+    """GRYPHON_HOME: holds data, cache and state together; platform directories when unset."""
+
+    api_key: str | None = None
+    """GRYPHON_API_KEY: required of every REST request; unlike --api-key, no process list has it."""
+
+    blas: str = "auto"
+    """GRYPHON_BLAS: "auto" or "off"; Linux only, whether the engine preloads OpenBLAS."""
+
+    prompt_time_limit_s: float = 15.0
+    """GRYPHON_PROMPT_TIME_LIMIT: seconds one prompt may take to render and tokenize."""
+
+    engine_log_level: str = "warning"
+    """GRYPHON_LOG: debug, info, warning or error; never includes prompt text."""
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Read the environment.
+
+        Raises:
+            GryphonError: "invalid_setting", naming the variable.
+        """
+        env = os.environ
+        home = env.get("GRYPHON_HOME")
+        return cls(
+            home=Path(home).expanduser().absolute() if home else None,
+            api_key=env.get("GRYPHON_API_KEY") or None,
+            blas=env.get("GRYPHON_BLAS", "auto"),
+            prompt_time_limit_s=_seconds("GRYPHON_PROMPT_TIME_LIMIT", cls.prompt_time_limit_s),
+            engine_log_level=env.get("GRYPHON_LOG", "warning"),
+        )
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise GryphonError(
+            "invalid_setting", f"{name} must be a number of seconds above 0, got {text!r}."
+        )
+    return value
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """This process's environment for a child of ours, with `extra` set on top."""
+    return {**os.environ, **extra}

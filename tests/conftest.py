@@ -1,0 +1,55 @@
+"""Shared fixtures. Every test has a GRYPHON_HOME of its own; nothing touches the user's."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Before anything imports MLX, as in the engine process: otherwise the tests take minutes longer.
+# The prepared library is the one thing all tests share.
+_SHARED = Path(tempfile.gettempdir()) / f"gryphon-tests-{os.getuid()}"
+os.environ["GRYPHON_HOME"] = str(_SHARED)
+
+from app.engine import blas  # noqa: E402  (needs GRYPHON_HOME)
+
+blas.preload()
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty GRYPHON_HOME whose cache directory is the shared one."""
+    path = tmp_path / "gryphon home"  # a space, because people have them
+    path.mkdir(mode=0o700)
+    (path / "cache").symlink_to(_SHARED / "cache")
+    monkeypatch.setenv("GRYPHON_HOME", str(path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return path
+
+
+# A test may be skipped for these reasons and no other: "green" must mean that it ran.
+ALLOWED_SKIPS = (
+    "tmux is not installed",  # elsewhere than in CI, which installs it
+    "the embedded model cannot be fetched",  # no package index in reach
+)
+_unlisted_skips: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        in_ci = bool(os.environ.get("CI"))
+        if in_ci or not any(allowed in reason for allowed in ALLOWED_SKIPS):
+            _unlisted_skips.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _unlisted_skips:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for skipped in _unlisted_skips:
+        terminalreporter.write_line(f"skipped for no listed reason: {skipped}", red=True)
