@@ -1,0 +1,240 @@
+"""Every op in plain mlx.core: the definition of correct, and the path off Apple GPUs.
+
+Arguments are validated by the callers in `linear_scan.py` and `local_attention.py`; the docstrings
+there are the contract. What is decided here is only how to compute it: which formulation of the
+scan is fast at which size, and how attention avoids a T x T score matrix.
+"""
+
+import math
+
+import mlx.core as mx
+
+RG_LRU_C = 8.0
+"""Griffin's constant c: log a = -c * sigmoid(recurrent gate) * softplus(recurrent_param)."""
+
+# A short or narrow scan is bound by the number of operations, which the two-level form cuts to
+# about 2 sqrt(T); one that is wide and overflows the caches is bound by memory traffic, which it
+# doubles. Where the two cross on two x86-64 cores (mlx 0.32.4): T = 512 at E = 2048 takes 12 ms
+# in two levels and 7 ms step by step, T = 512 at E = 1024 takes 2 ms and 5 ms.
+_STEPWISE_WIDTH = 1024
+_STEPWISE_SIZE = 1 << 19
+
+# Queries per block of the windowed attention: the score matrix of one block is at most
+# _QUERY_BLOCK x (window + _QUERY_BLOCK - 1).
+_QUERY_BLOCK = 256
+
+
+def linear_scan(
+    x: mx.array, a: mx.array, h0: mx.array | None, lengths: mx.array | None, reset: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """See `metal.linear_scan`."""
+    dtype = x.dtype
+    x, a = x.astype(mx.float32), a.astype(mx.float32)
+    if reset is not None:
+        a = mx.where(reset[..., None], 0.0, a)
+    if lengths is not None:
+        x, a = _freeze_after(x, a, lengths)
+    y, h_last = _scan_float32(x, a, h0)
+    return y.astype(dtype), h_last
+
+
+def rg_lru(
+    x: mx.array,
+    input_gate: mx.array,
+    recurrent_gate: mx.array,
+    recurrent_param: mx.array,
+    h0: mx.array | None,
+    lengths: mx.array | None,
+    reset: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """See `metal.rg_lru`."""
+    dtype = x.dtype
+    softplus = mx.logaddexp(recurrent_param.astype(mx.float32), 0.0)
+    log_a = -RG_LRU_C * mx.sigmoid(recurrent_gate.astype(mx.float32)) * softplus
+    a = mx.exp(log_a)
+    # expm1 keeps the digits that 1 - a*a loses when a is close to 1.
+    multiplier = mx.sqrt(-mx.expm1(2.0 * log_a))
+    if reset is not None:
+        starts = reset[..., None]
+        a = mx.where(starts, 0.0, a)
+        multiplier = mx.where(starts, 1.0, multiplier)
+    gated = x.astype(mx.float32) * mx.sigmoid(input_gate.astype(mx.float32)) * multiplier
+    if lengths is not None:
+        gated, a = _freeze_after(gated, a, lengths)
+    y, h_last = _scan_float32(gated, a, h0)
+    return y.astype(dtype), h_last
+
+
+def causal_conv1d(
+    u: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    state: mx.array,
+    lengths: mx.array | None,
+    reset: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """See `metal.causal_conv1d`."""
+    T, K = u.shape[1], weight.shape[1]
+    padded = mx.concatenate([state, u], axis=1)  # [B, K-1+T, E]
+    w = weight.astype(mx.float32)
+    segment = None
+    if reset is not None:
+        # Two positions belong to one sequence iff no reset lies between them.
+        counts = mx.cumsum(reset.astype(mx.int32), axis=1)
+        segment = mx.pad(counts, [(0, 0), (K - 1, 0)])  # [B, K-1+T]
+
+    y = bias.astype(mx.float32)
+    for tap in range(K):
+        values = padded[:, tap : tap + T].astype(mx.float32)
+        if segment is not None and tap < K - 1:
+            same = segment[:, tap : tap + T] == segment[:, K - 1 :]
+            values = mx.where(same[..., None], values, 0.0)
+        y = y + w[:, tap] * values
+
+    if K == 1:
+        return y.astype(u.dtype), state
+    if lengths is None:
+        tail = padded[:, T:]
+        inside = None if segment is None else segment[:, T:] == segment[:, -1:]
+    else:
+        index = lengths.astype(mx.int32)[:, None] + mx.arange(K - 1)  # [B, K-1]
+        tail = mx.take_along_axis(padded, index[..., None], axis=1)
+        inside = None
+        if segment is not None:
+            # One more gather for the segment the next token continues: that of the last valid one.
+            ends = mx.take_along_axis(segment, index[:, :1] + (K - 2), axis=1)
+            inside = mx.take_along_axis(segment, index, axis=1) == ends
+    if inside is not None:
+        tail = mx.where(inside[..., None], tail, mx.zeros_like(tail))
+    return y.astype(u.dtype), tail
+
+
+def local_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    window: int,
+    softcap: float | None,
+    key_start: mx.array | None,
+) -> mx.array:
+    """See `metal.local_attention`; causality keeps a padded tail harmless without `lengths`."""
+    T, S = q.shape[2], k.shape[2]
+    blocks = []
+    for begin in range(0, T, _QUERY_BLOCK):
+        end = min(begin + _QUERY_BLOCK, T)
+        first_query, last_query = S - T + begin, S - T + end - 1
+        first_key = max(0, first_query - window + 1)
+        keys = slice(first_key, last_query + 1)
+        mask: mx.array | str
+        if key_start is None and last_query - first_key < window:
+            mask = "causal"
+        else:
+            mask = _window_mask(first_query, last_query, first_key, window, key_start)
+        block = _attention(q[:, :, begin:end], k[:, :, keys], v[:, :, keys], scale, softcap, mask)
+        blocks.append(block)
+    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
+
+
+def local_attention_decode(
+    q: mx.array,
+    k_ring: mx.array,
+    v_ring: mx.array,
+    position: mx.array,
+    scale: float,
+    window: int,
+    softcap: float | None,
+) -> mx.array:
+    """See `metal.local_attention_decode`."""
+    slots = mx.arange(window)
+    here = position[:, None]
+    # The query's own slot is always visible, so that a padding row (position < 0) stays finite.
+    visible = (slots <= here) | (slots == here % window)  # [B, W]
+    return _attention(q, k_ring, v_ring, scale, softcap, visible[:, None, None, :])
+
+
+def _freeze_after(x: mx.array, a: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+    """Make every step at or past a row's length the identity, so that the state stays as it was."""
+    valid = (mx.arange(x.shape[1]) < lengths[:, None])[..., None]
+    return mx.where(valid, x, 0.0), mx.where(valid, a, 1.0)
+
+
+def _scan_float32(x: mx.array, a: mx.array, h0: mx.array | None) -> tuple[mx.array, mx.array]:
+    B, T, E = x.shape
+    h = mx.zeros((B, E), dtype=mx.float32) if h0 is None else h0
+    if T == 1:
+        y = a * h[:, None] + x
+        return y, y[:, 0]
+    if B * E >= _STEPWISE_WIDTH and B * T * E > _STEPWISE_SIZE:
+        return _scan_stepwise(x, a, h)
+    return _scan_two_level(x, a, h)
+
+
+def _scan_stepwise(x: mx.array, a: mx.array, h: mx.array) -> tuple[mx.array, mx.array]:
+    """One fused multiply-add per step over pieces split once; no slicing inside the loop."""
+    steps = []
+    state = h[:, None]
+    for x_t, a_t in zip(
+        mx.split(x, x.shape[1], axis=1), mx.split(a, x.shape[1], axis=1), strict=True
+    ):
+        state = a_t * state + x_t
+        steps.append(state)
+    return mx.concatenate(steps, axis=1), state[:, 0]
+
+
+def _scan_two_level(x: mx.array, a: mx.array, h: mx.array) -> tuple[mx.array, mx.array]:
+    """Scan about sqrt(T) chunks side by side, then carry the state across them.
+
+    Only products of decays are formed, never quotients, so a decay of 0 cuts the history and a
+    decay of 1 keeps it, both exactly.
+    """
+    B, T, E = x.shape
+    length = math.isqrt(T - 1) + 1
+    chunks = -(-T // length)
+    tail = [(0, 0), (0, chunks * length - T), (0, 0)]
+    x = mx.pad(x, tail).reshape(B, chunks, length, E)
+    a = mx.pad(a, tail, constant_values=1.0).reshape(B, chunks, length, E)
+
+    local = [x[:, :, 0]]
+    decay = [a[:, :, 0]]
+    for i in range(1, length):
+        local.append(a[:, :, i] * local[-1] + x[:, :, i])
+        decay.append(a[:, :, i] * decay[-1])
+
+    before = []  # the state each chunk starts from
+    for c in range(chunks):
+        before.append(h)
+        h = decay[-1][:, c] * h + local[-1][:, c]
+    carried = mx.stack(before, axis=1)[:, :, None]  # [B, chunks, 1, E]
+    y = mx.stack(local, axis=2) + mx.stack(decay, axis=2) * carried
+    return y.reshape(B, chunks * length, E)[:, :T], h
+
+
+def _window_mask(
+    first_query: int, last_query: int, first_key: int, window: int, key_start: mx.array | None
+) -> mx.array:
+    query = mx.arange(first_query, last_query + 1)[:, None]
+    key = mx.arange(first_key, last_query + 1)
+    mask = (key <= query) & (key > query - window)  # [T, S]
+    if key_start is None:
+        return mask
+    # A padding query sees only itself: softmax over nothing would be NaN and spread from there.
+    return (mask & (key >= key_start[:, None, None, None])) | (key == query)
+
+
+def _attention(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, softcap: float | None, mask: mx.array | str
+) -> mx.array:
+    if softcap is None:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    B, H, T, D = q.shape
+    Hkv, S = k.shape[1], k.shape[2]
+    if isinstance(mask, str):
+        mask = _window_mask(S - T, S - 1, 0, S, None)
+    grouped = (q * scale).reshape(B, Hkv, H // Hkv, T, D)
+    scores = (grouped @ k[:, :, None].swapaxes(-1, -2)).astype(mx.float32)
+    scores = mx.tanh(scores / softcap) * softcap
+    # The mask is [T, S] or [B, 1, T, S]; the second needs an axis for the query groups.
+    scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, mx.finfo(mx.float32).min)
+    weights = mx.softmax(scores, axis=-1).astype(v.dtype)
+    return (weights @ v[:, :, None]).reshape(B, H, T, v.shape[-1])
