@@ -1,0 +1,188 @@
+"""A model directory becomes a LoadedModel: config, strict weights, quantization, tokenizer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxmodels import checkpoint, quantization, registry
+from mlxmodels.checkpoint import listed
+from mlxmodels.errors import ModelError
+from mlxmodels.tokenizer import Tokenizer, read_chat_template
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run and what is known about it."""
+
+    model: nn.Module
+    """mlx-lm's contract: model(inputs [B, T], cache=None) -> logits [B, T, V]; make_cache()."""
+    config: dict[str, Any]
+    tokenizer: Tokenizer
+    chat_template: str | None
+    context_length: int | None
+    """Tokens the model can hold at most; None if there is no hard limit."""
+    trained_length: int | None
+    """Tokens it was trained on, before any rotary scaling; None if the config does not say."""
+    eos_token_ids: frozenset[int]
+    family: str
+    """The config's model_type."""
+    nbytes: int
+    """Bytes of the weights in memory."""
+
+    def make_cache(self) -> list[Any]:
+        """Empty layer states for one sequence, to pass as `cache` and keep."""
+        if hasattr(self.model, "make_cache"):
+            return list(self.model.make_cache())
+        from mlx_lm.models.cache import make_prompt_cache
+
+        return list(make_prompt_cache(self.model))
+
+    def begin_prompt(self, caches: list[Any], tokens: int) -> None:
+        """Announce how long the prompt is that the next calls read in chunks.
+
+        A rotary base that depends on the length (Open-Llama's dynamic scaling) then is that of the
+        whole prompt in every chunk. Other models take no notice.
+        """
+        if getattr(self.model, "rotates_by_length", False):
+            for cache in caches:
+                cache.prepare(lengths=[tokens])
+
+    def end_prompt(self, caches: list[Any]) -> None:
+        """Undo `begin_prompt`; before decoding, merging or saving the states."""
+        if getattr(self.model, "rotates_by_length", False):
+            for cache in caches:
+                cache.finalize()
+
+
+def load(path: str | Path, *, dtype: mx.Dtype | None = None) -> LoadedModel:
+    """Load a model directory in Hugging Face or MLX layout.
+
+    Args:
+        path: Directory with config.json, *.safetensors and tokenizer.json.
+        dtype: If given, every floating tensor is cast to it and quantized layers are expanded to
+            it; None keeps what the files hold. float32 is the fast choice on a CPU.
+
+    Raises:
+        ModelError: anything about the directory that keeps it from being loaded, by name.
+    """
+    path = Path(path).expanduser()
+    config = checkpoint.read_config(path)
+    family = config["model_type"]
+    model_class, args_class = registry.model_classes(config)
+    files = checkpoint.weight_files(path)
+    generation = checkpoint.read_optional_json(path / "generation_config.json")
+    tokenizer = Tokenizer.from_directory(path)
+
+    if registry.supported(family) == "native":
+        model = _load_native(path, files, config, model_class, args_class, dtype)
+    else:
+        model = _load_zoo(path, dtype)
+
+    trained, context = _lengths(config, family)
+    return LoadedModel(
+        model=model,
+        config=config,
+        tokenizer=tokenizer,
+        chat_template=read_chat_template(path),
+        context_length=context,
+        trained_length=trained,
+        eos_token_ids=checkpoint.eos_token_ids(generation, config) | tokenizer.eos_token_ids,
+        family=family,
+        nbytes=sum(value.nbytes for value in _parameters(model).values()),
+    )
+
+
+def _load_native(
+    path: Path,
+    files: list[Path],
+    config: Mapping[str, Any],
+    model_class: Any,
+    args_class: Any,
+    dtype: mx.Dtype | None,
+) -> nn.Module:
+    model: nn.Module = model_class(args_class.from_dict(config))
+    weights: dict[str, mx.array] = {}
+    for file in files:
+        weights.update(_read_tensors(file))
+    weights = model_class.sanitize(model, weights)
+    plan = quantization.layer_settings(config, weights)
+    if dtype is not None:
+        weights = quantization.expanded(weights, plan, dtype)
+    elif plan:
+        quantization.quantize_layers(model, plan)
+    _check_names(path, model, weights)
+    model.load_weights(list(weights.items()), strict=False)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def _read_tensors(file: Path) -> dict[str, mx.array]:
+    try:
+        tensors = mx.load(str(file))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read by MLX: {error}.") from error
+    assert isinstance(tensors, dict)
+    return tensors
+
+
+def _check_names(path: Path, model: nn.Module, weights: Mapping[str, mx.array]) -> None:
+    expected = {name: value.shape for name, value in _parameters(model).items()}
+    missing = sorted(set(expected) - set(weights))
+    if missing:
+        raise ModelError(
+            f"{path} lacks weights of this architecture: {listed(missing)}; "
+            f"download it again, or check that config.json belongs to it."
+        )
+    extra = sorted(set(weights) - set(expected))
+    if extra:
+        raise ModelError(
+            f"{path} holds weights this architecture does not have: {listed(extra)}; "
+            f"check that config.json belongs to it."
+        )
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise ModelError(
+                f"{path} holds {name} of shape {weights[name].shape} where config.json means "
+                f"{shape}; check that config.json belongs to it."
+            )
+
+
+def _parameters(model: nn.Module) -> dict[str, mx.array]:
+    return tree_flatten(model.parameters(), destination={})  # type: ignore[return-value]
+
+
+def _load_zoo(path: Path, dtype: mx.Dtype | None) -> nn.Module:
+    from mlx_lm.utils import dequantize_model, load_model
+
+    try:
+        model, _ = load_model(path, get_model_classes=registry.model_classes)
+    except ModelError:
+        raise
+    except Exception as error:  # mlx-lm raises whatever its models raise
+        raise ModelError(f"{path} could not be loaded by mlx-lm: {error}") from error
+    if dtype is not None:
+        model = dequantize_model(model)
+        model.set_dtype(dtype)
+        mx.eval(model.parameters())
+    loaded: nn.Module = model
+    return loaded
+
+
+def _lengths(config: Mapping[str, Any], family: str) -> tuple[int | None, int | None]:
+    """Trained length and hard context length."""
+    text = config.get("text_config")
+    source = text if isinstance(text, dict) else config
+    value = source.get("max_position_embeddings")
+    trained = value if type(value) is int and value > 0 else None
+    if family == "recurrent_gemma":
+        return trained, None
+    if family == "open-llama":
+        args = registry.model_classes(config)[1].from_dict(config)  # type: ignore[attr-defined]
+        return args.max_position_embeddings, int(args.max_position_embeddings * args.rope_factor)
+    return trained, trained

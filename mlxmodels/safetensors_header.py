@@ -1,0 +1,128 @@
+"""Reads and checks the header of a safetensors file, before MLX opens it.
+
+A file cut short by a broken download or edited by hand must end in a sentence, not in a crash
+inside a memory-mapped read, so everything the header claims is compared with the file itself.
+Pure Python. Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mlxmodels.errors import ModelError
+
+_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "U32": 32,
+    "I32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+    "F64": 64,
+    "C64": 64,
+}
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor as the header describes it; begin and end count from the start of the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Entries of a safetensors file by tensor name.
+
+    Raises:
+        ModelError: the file is truncated, is not safetensors, or contradicts itself.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > size - 8:
+                raise _broken(path, f"it is cut short after {size:,} bytes")
+            if length > _MAX_HEADER_BYTES:
+                raise _broken(path, f"its header claims {length:,} bytes")
+            raw = file.read(length)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
+    entries = _parse(path, raw)
+    _check_layout(path, entries, size - 8 - length)
+    return entries
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, TensorEntry]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            raise _broken(path, "its header names something twice")
+        return fields
+
+    try:
+        header = json.loads(raw, object_pairs_hook=unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise _broken(path, "its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+    return {name: _entry(path, name, fields) for name, fields in header.items()}
+
+
+def _entry(path: Path, name: str, fields: object) -> TensorEntry:
+    if not isinstance(fields, dict):
+        raise _broken(path, f"tensor {name!r} is not described")
+    dtype = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise _broken(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+        raise _broken(path, f"tensor {name!r} has no valid shape and data_offsets")
+    begin, end = offsets
+    if end - begin != prod(shape) * _BITS[dtype] // 8:
+        raise _broken(
+            path, f"tensor {name!r} of shape {shape} and dtype {dtype} claims {end - begin:,} bytes"
+        )
+    return TensorEntry(dtype, tuple(shape), begin, end)
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_layout(path: Path, entries: dict[str, TensorEntry], data_bytes: int) -> None:
+    at = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != at:
+            raise _broken(path, f"tensor {name!r} overlaps another or leaves a gap")
+        at = entry.end
+    if at > data_bytes:
+        raise _broken(path, f"it is cut short: {at:,} bytes of tensors, {data_bytes:,} are there")
+    if at < data_bytes:
+        raise _broken(path, f"{data_bytes - at:,} bytes at its end belong to no tensor")
+
+
+def _broken(path: Path, reason: str) -> ModelError:
+    return ModelError(f"{path} is damaged: {reason}. Download or convert the model again.")

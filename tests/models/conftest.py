@@ -1,0 +1,142 @@
+"""Tiny checkpoints: the goldens, and directories as people download them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+import tokenizers
+from mlx.utils import tree_flatten, tree_map
+from tokenizers import decoders, models, pre_tokenizers
+
+from mlxmodels import registry
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+RECURRENT_GEMMA: dict[str, Any] = {
+    "model_type": "recurrent_gemma",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "attention_window_size": 7,
+    "block_types": ["recurrent", "attention"],
+    "eos_token_id": 1,
+}
+
+OPEN_LLAMA: dict[str, Any] = {
+    "model_type": "open-llama",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+}
+
+OPEN_LLAMA_DYNAMIC = OPEN_LLAMA | {
+    "max_position_embeddings": 12,
+    "rope_scaling": {"type": "dynamic", "factor": 2.0},
+}
+
+CONFIGS = {
+    "recurrent_gemma": RECURRENT_GEMMA,
+    "open_llama": OPEN_LLAMA,
+    "open_llama_dynamic": OPEN_LLAMA_DYNAMIC,
+}
+
+
+@dataclass
+class Golden:
+    """A reference model: our port with its weights, and what the reference computed."""
+
+    name: str
+    config: dict[str, Any]
+    model: Any
+    tensors: dict[str, mx.array]
+
+    def __getitem__(self, name: str) -> mx.array:
+        return self.tensors[name]
+
+
+def build(config: dict[str, Any]) -> Any:
+    """A port with its initial weights."""
+    model_class, args_class = registry.model_classes(config)
+    return model_class(args_class.from_dict(config))  # type: ignore[attr-defined]
+
+
+def random_model(config: dict[str, Any], seed: int = 0) -> Any:
+    """A port with random weights under which every part matters."""
+    model = build(config)
+    mx.random.seed(seed)
+    weights = tree_map(lambda w: mx.random.normal(w.shape) * 0.25, model.parameters())
+    model.update(weights)
+    mx.eval(model.parameters())
+    return model
+
+
+def byte_tokenizer(vocab_size: int = 97) -> tokenizers.Tokenizer:
+    """Single characters from "!" up; ids 0 and 1 are <s> and </s>."""
+    vocab = {"<s>": 0, "</s>": 1} | {chr(31 + i): i for i in range(2, vocab_size)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+def write_checkpoint(
+    path: Path, config: dict[str, Any], weights: dict[str, mx.array], shards: int = 1
+) -> Path:
+    """A model directory; with several shards also their index."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    byte_tokenizer().save(str(path / "tokenizer.json"))
+    names = sorted(weights)
+    weight_map: dict[str, str] = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        part = {name: weights[name] for name in names[i::shards]}
+        mx.save_safetensors(str(path / file), part)
+        weight_map |= dict.fromkeys(part, file)
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+def flat(model: Any) -> dict[str, mx.array]:
+    """A model's parameters by checkpoint name."""
+    return dict(tree_flatten(model.parameters()))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    """Reads a golden by name."""
+
+    def read(name: str) -> Golden:
+        config = json.loads((GOLDEN / f"{name}.json").read_text())
+        tensors = mx.load(str(GOLDEN / f"{name}.safetensors"))
+        assert isinstance(tensors, dict)
+        prefix = "weights."
+        weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        model = build(config)
+        model.load_weights(list(model.sanitize(weights).items()), strict=True)
+        return Golden(name, config, model, tensors)
+
+    return read
+
+
+@pytest.fixture
+def tokens() -> mx.array:
+    """40 random ids, [1, 40]."""
+    return mx.random.randint(2, 97, (1, 40), key=mx.random.key(5))

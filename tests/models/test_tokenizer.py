@@ -1,0 +1,211 @@
+"""Streamed text is the decoded text, for every kind of decoder and every split."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from mlxmodels import ModelError
+from mlxmodels.tokenizer import StreamingDetokenizer, Tokenizer, read_chat_template
+
+SAMPLES = [
+    "",
+    "Hello, world!",
+    "  leading and trailing  ",
+    "def f(x):\n\treturn x  # tab\n",
+    "naïve café — “quotes”",
+    "日本語のテキストと中文",
+    "👩‍👩‍👧‍👦 family, 🇩🇪 flag, e\u0301 combining",
+    "مرحبا بالعالم",
+    "a\x00b\x7fc\u200b",
+    " ",
+    "▁ mark itself",
+]
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: i for i, character in enumerate(alphabet)}
+    for token in ("He", "ll", "Hell", "Ġw", "æĹ", "Ċĉ"):
+        vocab[token] = len(vocab)
+    merges = [("H", "e"), ("l", "l"), ("He", "ll"), ("Ġ", "w")]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(["日本"])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+def byte_fallback(*, strip: bool) -> tokenizers.Tokenizer:
+    vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    for token in ["▁", *"Helo,wrd!", "▁w", "▁▁", "日", "<0x4>", "<0xZZ>", "\n"]:
+        vocab[token] = len(vocab)
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=[("▁", "w")], byte_fallback=True, unk_token="<unk>")
+    )
+    prepend = "first" if strip else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if strip:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+def metaspace() -> tokenizers.Tokenizer:
+    pieces = ["<unk>", "▁", "▁He", "llo", *"Helo,wrd!ay", "日", "▁▁"]
+    tokenizer = tokenizers.Tokenizer(
+        models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+def word_piece() -> tokenizers.Tokenizer:
+    vocab = {"[UNK]": 0, "hello": 1, "##s": 2, "world": 3, ",": 4, "##ing": 5}
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    tokenizer.add_special_tokens(["<s>"])
+    return tokenizer
+
+
+KINDS = {
+    "byte_level": byte_level,
+    "byte_fallback": lambda: byte_fallback(strip=False),
+    "byte_fallback_strip": lambda: byte_fallback(strip=True),
+    "metaspace": metaspace,
+    "word_piece": word_piece,
+}
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return Tokenizer(KINDS[request.param]())
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
+    stream = StreamingDetokenizer(tokenizer)
+    return "".join([stream.add(id) for id in ids] + [stream.finish()])
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    for end in range(len(ids) + 1):
+        assert streamed(tokenizer, ids[:end]) == tokenizer.decode(ids[:end])
+
+
+def test_random_ids_stream_as_they_decode(tokenizer: Tokenizer) -> None:
+    # Special tokens, ids past the vocabulary and every kind of broken UTF-8 among them.
+    generator = random.Random(7)
+    for _ in range(400):
+        length = generator.randrange(1, 30)
+        ids = [generator.randrange(tokenizer.vocab_size + 5) for _ in range(length)]
+        assert streamed(tokenizer, ids) == tokenizer.decode(ids), ids
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_random_bytes_stream_as_they_decode(kind: str) -> None:
+    tokenizer = Tokenizer(KINDS[kind]())
+    of_byte = {tokenizer.token_bytes(id): id for id in reversed(range(tokenizer.vocab_size))}
+    generator = random.Random(11)
+    for _ in range(400):
+        text = "".join(chr(generator.choice([65, 233, 8364, 128512])) for _ in range(6)).encode()
+        data = bytearray(text)
+        for _ in range(generator.randrange(3)):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        ids = [of_byte[bytes([byte])] for byte in data]
+        assert streamed(tokenizer, ids) == tokenizer.decode(ids), bytes(data)
+
+
+def test_incomplete_bytes_are_held_back() -> None:
+    tokenizer = Tokenizer(byte_level())
+    stream = StreamingDetokenizer(tokenizer)
+    ids = tokenizer.encode("€!", add_special_tokens=False)
+    assert [stream.add(id) for id in ids] == ["", "", "€", "!"]
+    assert stream.add(ids[0]) == "" and stream.finish() == "\ufffd" and stream.finish() == ""
+
+
+def test_special_and_unknown_ids_leave_no_text(tokenizer: Tokenizer) -> None:
+    stream = StreamingDetokenizer(tokenizer)
+    special = sorted(tokenizer.special_ids)
+    for id in [*special, tokenizer.vocab_size, 10**9, 2**40, -1]:
+        assert stream.add(id) == ""
+    assert stream.finish() == "" and tokenizer.decode([*special, 2**40, -1]) == ""
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "metaspace"])
+def test_table_decoders_never_decode_a_window(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(KINDS[kind]())
+    stream = StreamingDetokenizer(tokenizer)
+
+    def decode(ids: object) -> str:
+        raise AssertionError("O(n) work in the stream")
+
+    monkeypatch.setattr(tokenizer, "decode", decode)
+    for id in range(100):
+        stream.add(id)
+    stream.finish()
+
+
+def test_token_bytes_name_one_token() -> None:
+    tokenizer = Tokenizer(byte_level())
+    (id,) = tokenizer.encode("Hell", add_special_tokens=False)
+    assert tokenizer.token_bytes(id) == b"Hell"
+    assert tokenizer.token_bytes(tokenizer._backend.token_to_id("æĹ")) == "日".encode()[:2]
+    assert tokenizer.token_bytes(tokenizer._backend.token_to_id("<s>")) == b"<s>"
+    assert tokenizer.token_bytes(10**6) == b""
+    fallback = Tokenizer(byte_fallback(strip=True))
+    assert fallback.token_bytes(1 + 0xE6) == b"\xe6"
+    assert fallback.token_bytes(fallback._backend.token_to_id("▁w")) == b" w"
+
+
+def test_half_a_surrogate_pair_is_replaced() -> None:
+    tokenizer = Tokenizer(byte_level())
+    ids = tokenizer.encode("a\ud83db", add_special_tokens=False)
+    assert tokenizer.decode(ids) == "a\ufffdb"
+
+
+def test_truncation_and_padding_of_the_file_are_off() -> None:
+    backend = byte_level()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=16)
+    assert len(Tokenizer(backend).encode("Hello, world!", add_special_tokens=False)) == 9
+
+
+def test_special_tokens_come_from_any_file(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.add_tokens([AddedToken("<kept>", special=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    plain = Tokenizer.from_directory(tmp_path)
+    assert plain.bos_token is None and plain.bos_token_id is None and not plain.eos_token_ids
+    kept = backend.token_to_id("<kept>")
+    assert kept not in plain.special_ids and plain.decode([kept]) == "<kept>"
+    assert plain.vocab_size == backend.get_vocab_size()
+
+    bos, eos = backend.token_to_id("<s>"), backend.token_to_id("</s>")
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": 3}))
+    by_id = Tokenizer.from_directory(tmp_path)
+    assert by_id.bos_token == "<s>" and by_id.eos_token_ids == {3}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 5]}))
+    full = Tokenizer.from_directory(tmp_path)
+    assert full.eos_token_ids == {3, 4, 5, eos} and full.eos_token == "</s>"
+    assert full.special_ids == {bos, eos}
+
+
+def test_an_unreadable_template_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xff")
+    with pytest.raises(ModelError, match="chat_template.jinja cannot be read"):
+        read_chat_template(tmp_path)
+    assert read_chat_template(tmp_path / "nowhere") is None

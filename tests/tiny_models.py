@@ -1,0 +1,102 @@
+"""Tiny checkpoints with random weights, written to disk as real ones are.
+
+They declare no end-of-sequence token, so an answer has exactly the length that was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import tokenizers
+from mlx.utils import tree_flatten, tree_map
+from tokenizers import decoders, models, pre_tokenizers
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+OPEN_LLAMA: dict[str, Any] = {
+    "model_type": "open-llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "use_stable_embedding": False,
+    "shared_input_output_embedding": True,
+    "vocab_size": 259,
+}
+
+RECURRENT_GEMMA: dict[str, Any] = {
+    "model_type": "recurrent_gemma",
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "attention_window_size": 8,
+    "conv1d_width": 4,
+    "logits_soft_cap": 30.0,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "block_types": ["recurrent", "recurrent", "attention"],
+    "hidden_activation": "gelu_pytorch_tanh",
+    "lru_width": 32,
+    "vocab_size": 259,
+}
+
+# A family of mlx-lm's zoo that we do not port.
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 259,
+}
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """One token per byte (ids 0 to 255), then three specials."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<eos>"])
+    return tokenizer
+
+
+def write_model(path: Path, config: dict[str, Any], *, seed: int = 0, **changes: Any) -> Path:
+    """Write a checkpoint directory: config, weights, tokenizer, chat template."""
+    from mlxmodels import registry
+
+    config = config | changes
+    model_class, args_class = registry.model_classes(config)
+    model = model_class(args_class.from_dict(config))
+    mx.random.seed(seed)
+
+    def randomized(weight: mx.array) -> mx.array:
+        return mx.random.normal(weight.shape) * (0.4 if weight.ndim > 1 else 0.2)
+
+    weights = tree_map(randomized, model.parameters())
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(
+        str(path / "model.safetensors"), dict(tree_flatten(weights)), {"format": "mlx"}
+    )
+    byte_tokenizer().save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return path
