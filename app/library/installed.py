@@ -1,0 +1,282 @@
+"""Models on this machine, read from their files: Gryphon's own and those in the Hugging Face cache.
+
+Fast enough for every command: no MLX, and of huggingface_hub only its constants, which say where
+the cache is. Its layout is `models--ORG--NAME/{refs/BRANCH, snapshots/COMMIT/FILES}`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from app import paths
+from app.engine.protocol import ModelRef
+from app.errors import GryphonError
+from mlxmodels.errors import ModelError
+from mlxmodels.safetensors_header import TensorEntry, read_header
+
+DEFAULT_MODEL = "smollm2-135m"
+"""The embedded model (`app.library.embedded`), which runs when none is named."""
+
+Source = Literal["gryphon", "hub", "path"]
+
+# Families whose state does not grow with the text: there is no length at which they must stop.
+_UNLIMITED_FAMILIES = frozenset({"recurrent_gemma"})
+
+_DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class InstalledModel:
+    """A model directory that can be run, as read from its files without MLX."""
+
+    name: str
+    path: Path
+    family: str
+    """`model_type` of its config.json."""
+    size_bytes: int
+    quantization: str
+    """For people: "4-bit", "mixed 4/8-bit", "bfloat16" …"""
+    context_length: int | None
+    source: Source
+    """"gryphon" (converted by us), "hub" (in the Hugging Face cache) or "path" (named by path)."""
+    modified: float
+
+    @property
+    def ref(self) -> ModelRef:
+        return ModelRef(name=self.name, path=str(self.path))
+
+
+def installed_models() -> list[InstalledModel]:
+    """All of them, by name. A directory that is damaged or incomplete is left out."""
+    models = {}
+    for name, path, source in [*_hub_candidates(), *_own_candidates()]:
+        try:
+            models[name] = read_model(path, name, source)
+        except GryphonError:
+            continue
+    return [models[name] for name in sorted(models)]
+
+
+def find_model(name: str | None = None, *, allow_path: bool = False) -> InstalledModel:
+    """The installed model of that name; without a name the default one, else the latest one.
+
+    Args:
+        allow_path: Also accept the path of a model directory. Never set it for a name that came
+            over the network.
+
+    Raises:
+        GryphonError: code "model_not_found" (names the installed ones and what to do),
+            "no_model_installed", or "invalid_model" for a directory that is no whole model.
+    """
+    models = {model.name: model for model in installed_models()}
+    if name is None:
+        return _default(models)
+    if name in models:
+        return models[name]
+    for candidate, path, source in [*_own_candidates(), *_hub_candidates()]:
+        if candidate == name:
+            return read_model(path, name, source)  # raises: the listing left it out
+    if allow_path and _looks_like_path(name):
+        path = Path(os.path.abspath(os.path.expanduser(name)))
+        return read_model(path, path.name, "path")
+    raise _not_found(name, list(models))
+
+
+def read_model(path: Path, name: str, source: Source) -> InstalledModel:
+    """What the files in `path` say of the model.
+
+    Raises:
+        GryphonError: "invalid_model", naming what is missing or wrong.
+    """
+    try:
+        config = read_config(path)
+        family = config.get("model_type")
+        if not isinstance(family, str):
+            raise _invalid(path, "its config.json has no model_type")
+        weights = weight_files(path)
+        files = [file.stat() for file in path.iterdir() if file.is_file()]
+        return InstalledModel(
+            name=name,
+            path=path,
+            family=family,
+            size_bytes=sum(file.st_size for file in files),
+            quantization=_quantization(config, weights),
+            context_length=context_length(config),
+            source=source,
+            modified=max(file.st_mtime for file in files),
+        )
+    except OSError as error:
+        raise _invalid(path, f"it cannot be read ({error.strerror or error})") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model directory.
+
+    Raises:
+        GryphonError: "invalid_model" when there is none, or it is no JSON object.
+    """
+    if not path.exists():
+        raise GryphonError(
+            "model_not_found",
+            f"There is nothing at {path}. Give the directory of a model, or a name that "
+            "`gryphon list` shows.",
+        )
+    if not path.is_dir():
+        raise _invalid(path, "it is a file; expected a directory with config.json in it")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _invalid(path, "it has no config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise _invalid(path, f"its config.json is not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise _invalid(path, "its config.json is not a JSON object")
+    return config
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model directory, every shard of the index present.
+
+    Raises:
+        GryphonError: "invalid_model" when there is none or one is missing.
+    """
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _invalid(path, f"its {index.name} is not a valid index") from error
+        if any(Path(str(name)).name != name for name in names):
+            raise _invalid(path, f"its {index.name} names files outside the directory")
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise _invalid(path, f"{len(missing)} of its {len(names)} weight files are missing")
+        files = [path / name for name in names]
+    else:
+        files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
+    if not files:
+        raise _invalid(path, "it has no *.safetensors file")
+    return files
+
+
+def read_tensors(file: Path) -> dict[str, TensorEntry]:
+    """Tensors of a safetensors file by name, from its checked header.
+
+    Raises:
+        GryphonError: "invalid_model" when the file is cut short or damaged.
+    """
+    try:
+        return read_header(file)
+    except ModelError as error:
+        raise GryphonError("invalid_model", str(error)) from error
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """Tokens the model can attend to; None when it has no limit or the config does not say."""
+    if config.get("model_type") in _UNLIMITED_FAMILIES:
+        return None
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = config.get(key)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _own_candidates() -> Iterator[tuple[str, Path, Source]]:
+    """Directories of models that Gryphon converted; hidden ones are unfinished work."""
+    for path in _directories(paths.models_dir()):
+        if not path.name.startswith("."):
+            yield path.name, path, "gryphon"
+
+
+def _hub_candidates() -> Iterator[tuple[str, Path, Source]]:
+    """The `main` snapshot, else the latest one, of each model in the Hugging Face cache."""
+    from huggingface_hub import constants
+
+    for repository in _directories(Path(constants.HF_HUB_CACHE)):
+        kind, *name = repository.name.split("--")
+        if kind != "models" or not name:
+            continue
+        try:
+            commit = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+            snapshot = repository / "snapshots" / commit
+        except (OSError, ValueError):
+            snapshots = _directories(repository / "snapshots")
+            if not snapshots:
+                continue
+            snapshot = max(snapshots, key=lambda path: path.stat().st_mtime)
+        if snapshot.is_dir():
+            yield "/".join(name), snapshot, "hub"
+
+
+def _directories(path: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in path.iterdir() if entry.is_dir())
+    except OSError:  # absent, or not ours to read: no models there
+        return []
+
+
+def _quantization(config: dict[str, Any], weights: list[Path]) -> str:
+    settings = config.get("quantization") or config.get("quantization_config")
+    if isinstance(settings, dict):
+        overrides = [value for value in settings.values() if isinstance(value, dict)]
+        found = [entry.get("bits") for entry in (settings, *overrides)]
+        bits = sorted({value for value in found if isinstance(value, int)})
+        if bits:
+            widths = "/".join(map(str, bits))
+            return f"{widths}-bit" if len(bits) == 1 else f"mixed {widths}-bit"
+        return str(settings.get("quant_method", "quantized"))
+    tensors = read_tensors(weights[0]).values()
+    largest = max(tensors, key=lambda tensor: tensor.nbytes, default=None)
+    return _DTYPE_NAMES.get(largest.dtype, largest.dtype) if largest else "empty"
+
+
+def _default(models: dict[str, InstalledModel]) -> InstalledModel:
+    if not models:
+        raise GryphonError(
+            "no_model_installed",
+            f"No model is installed. Get a small one with `gryphon pull {DEFAULT_MODEL}`.",
+        )
+    latest = max(models.values(), key=lambda model: model.modified)
+    return models.get(DEFAULT_MODEL, latest)
+
+
+def _looks_like_path(name: str) -> bool:
+    """True for what cannot be a model's name, and for what exists; `org/name` may be either."""
+    is_hub_name = name.count("/") == 1 and not name.endswith("/")
+    return (
+        name.startswith((".", "~", "/"))
+        or (os.sep in name and not is_hub_name)
+        or os.path.exists(name)
+    )
+
+
+def _not_found(name: str, installed: list[str]) -> GryphonError:
+    if name == DEFAULT_MODEL:
+        what = f"{name} is not installed. Get it with `gryphon pull {name}`."
+        return GryphonError("model_not_found", what)
+    parts = [f"No installed model is called {name!r}."]
+    near = difflib.get_close_matches(name, installed, n=1)
+    if near:
+        parts.append(f"Did you mean {near[0]}?")
+    parts.append(
+        f"Installed: {', '.join(installed)}."
+        if installed
+        else f"None is installed; get one with `gryphon pull {DEFAULT_MODEL}`."
+    )
+    return GryphonError("model_not_found", " ".join(parts))
+
+
+def _invalid(path: Path, why: str) -> GryphonError:
+    return GryphonError(
+        "invalid_model",
+        f"{path} is not a model that Gryphon can run: {why}. See `gryphon list` for those it can.",
+    )
