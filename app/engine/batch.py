@@ -1,0 +1,205 @@
+"""Rows that decode together: their states, the tokens they feed, one step of them all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from app.engine.protocol import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    LoadModel,
+    Timings,
+    Usage,
+)
+from app.engine.sampling import (
+    BatchSampling,
+    RowGenerator,
+    RowSampling,
+    logprobs_of,
+    sample,
+    top_logprobs,
+)
+from app.engine.text import TextStream
+
+Emit = Callable[[Event], None]
+
+
+@dataclass(eq=False)
+class Row:
+    """One request on its way through the engine."""
+
+    request: GenerationRequest | LoadModel
+    emit: Emit
+    """Sends an event to whoever asked; called on the MLX thread."""
+    prompt: list[int] = field(default_factory=list)
+    done: bool = False
+    announced_wait: bool = False
+
+    # Set at admission.
+    caches: list[Any] = field(default_factory=list)
+    processed: int = 0
+    max_tokens: int = 0
+    launched: int = 0
+    """Tokens whose computation has been started."""
+    generated: int = 0
+    """Tokens read and sent."""
+    text: TextStream | None = None
+    sampling: RowSampling | None = None
+    generator: RowGenerator | None = None
+
+    submitted_s: float = field(default_factory=time.monotonic)
+    admitted_s: float = 0.0
+    first_token_s: float = 0.0
+
+    @property
+    def generation(self) -> GenerationRequest:
+        assert isinstance(self.request, GenerationRequest)
+        return self.request
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.prompt), self.generated, cached_tokens=0)
+
+    def timings(self) -> Timings:
+        now = time.monotonic()
+        admitted = self.admitted_s or now
+        first = self.first_token_s or now
+        return Timings(
+            queue_s=admitted - self.submitted_s,
+            prefill_s=first - admitted,
+            decode_s=now - first,
+        )
+
+    def finish(self, reason: FinishReason, text: str = "") -> None:
+        """Send the one `Finished` of this row."""
+        if not self.done:
+            self.done = True
+            self.emit(Finished(self.request.id, reason, self.usage, self.timings(), text))
+
+    def fail(self, code: str, message: str, retry_after: float | None = None) -> None:
+        """Send the one `Failed` of this row."""
+        if not self.done:
+            self.done = True
+            self.emit(Failed(self.request.id, code, message, retry_after))
+
+
+@dataclass
+class Launch:
+    """A decode step of B rows whose results have not been read.
+
+    Attributes:
+        rows: The B rows, in the order of the arrays.
+        tokens: [B] int32.
+        logprobs: [B] float32, of those tokens; None when no row asked.
+        top_ids, top_values: [B, n], the n most likely tokens, most likely first; None as above.
+    """
+
+    rows: list[Row]
+    tokens: mx.array
+    logprobs: mx.array | None = None
+    top_ids: mx.array | None = None
+    top_values: mx.array | None = None
+
+    def start(self) -> None:
+        """Begin computing without waiting for it."""
+        given = [self.tokens, self.logprobs, self.top_ids, self.top_values]
+        mx.async_eval([array for array in given if array is not None])
+
+    def token_ids(self) -> list[int]:
+        """The tokens of all rows; waits for them."""
+        return cast(list[int], self.tokens.tolist())
+
+    def logprobs_of(self, index: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+        """Logprob of a row's token, and of the `count` most likely ones with their ids."""
+        assert self.logprobs is not None
+        top: list[tuple[int, float]] = []
+        if count and self.top_ids is not None and self.top_values is not None:
+            ids = cast(list[int], self.top_ids[index, :count].tolist())
+            values = cast(list[float], self.top_values[index, :count].tolist())
+            top = list(zip(ids, values, strict=True))
+        return cast(float, self.logprobs[index].item()), top
+
+
+class Batch:
+    """The rows being decoded, their layer states, and the token each feeds next.
+
+    One row keeps the plain per-layer states that its prefill made; more are merged by the states'
+    own protocol (`merge`, `extend`, `filter`, `extract`).
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.caches: list[Any] = []
+        self.inputs = mx.zeros((0,), mx.int32)
+        """[B] int32."""
+        self._settings: BatchSampling | None = None
+
+    def join(self, row: Row) -> None:
+        """Add a prefilled row; its last prompt token is what it feeds first."""
+        if not self.rows:
+            self.caches = row.caches
+        elif len(self.rows) == 1:
+            pairs = zip(self.caches, row.caches, strict=True)
+            self.caches = [type(old).merge([old, new]) for old, new in pairs]
+        else:
+            for batched, new in zip(self.caches, row.caches, strict=True):
+                batched.extend(type(new).merge([new]))
+        row.caches = []
+        self.rows.append(row)
+        token = mx.array(row.prompt[-1:], mx.int32)
+        self.inputs = mx.concatenate([self.inputs, token])
+        self._settings = None
+
+    def drop(self, ended: Callable[[Row], bool]) -> None:
+        """Remove the rows for which `ended` holds, and their states."""
+        keep = [i for i, row in enumerate(self.rows) if not ended(row)]
+        if len(keep) == len(self.rows):
+            return
+        if not keep:
+            self.caches = []
+        elif len(keep) == 1:
+            self.caches = [cache.extract(keep[0]) for cache in self.caches]
+        else:
+            for cache in self.caches:
+                cache.filter(keep)
+        self.rows = [self.rows[i] for i in keep]
+        self.inputs = self.inputs[mx.array(keep, mx.int32)] if keep else self.inputs[:0]
+        self._settings = None
+
+    def drop_done(self) -> None:
+        """Remove the rows that have ended."""
+        self.drop(lambda row: row.done)
+
+    def launch(self, model: nn.Module) -> Launch:
+        """Start one decode step: every row feeds its token and draws its next."""
+        if self._settings is None:
+            self._settings = BatchSampling.of([row.sampling for row in self.rows if row.sampling])
+        logits = model(self.inputs[:, None], cache=self.caches)[:, -1]
+        uniforms = [row.generator.uniform() for row in self.rows if row.generator is not None]
+        launch = Launch(list(self.rows), sample(logits, self._settings, uniforms))
+        requests = [row.generation for row in self.rows]
+        if any(request.logprobs for request in requests):
+            logprobs = logprobs_of(logits)
+            chosen = mx.take_along_axis(logprobs, launch.tokens[:, None], axis=-1)
+            launch.logprobs = chosen[:, 0]
+            if count := max(request.top_logprobs for request in requests):
+                launch.top_ids, launch.top_values = top_logprobs(logprobs, count)
+        launch.start()
+        self.inputs = launch.tokens
+        for row in self.rows:
+            row.launched += 1
+        return launch
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows' states."""
+        return sum(int(cache.nbytes) for cache in self.caches)

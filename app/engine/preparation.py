@@ -1,0 +1,176 @@
+"""Prompts become token ids here, in a small process of their own, under a time limit.
+
+Rendering runs code that came with a model, and a megabyte of text takes seconds to tokenize:
+neither may hold the MLX thread's interpreter lock or hang the engine. The process arms an alarm
+before each prompt and is killed by it when the work takes longer, even inside native code; the
+engine then reports the failure and starts another. It also ends when the engine goes away.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import json
+import resource
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from app.engine.protocol import Message
+from app.errors import GryphonError
+from app.settings import child_environment
+
+# A template can multiply strings; beyond this the process fails alone. macOS ignores this limit.
+_ADDRESS_SPACE_BYTES = 8 * 1024**3
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """What to prepare: exactly one of `messages` and `text`."""
+
+    model_path: str
+    messages: list[Message] | None = None
+    text: str | None = None
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """The answer: token ids as little-endian int32 bytes, or an error's code and message."""
+
+    tokens: bytes = b""
+    error: tuple[str, str] | None = None
+
+
+class Preparer:
+    """Engine side: one preparation process, started when first needed, used from one event loop."""
+
+    def __init__(self, time_limit_s: float) -> None:
+        self._time_limit_s = time_limit_s
+        self._process: asyncio.subprocess.Process | None = None
+        self._one_at_a_time = asyncio.Lock()
+
+    async def prepare(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            GryphonError: "template_error", "invalid_model", "prompt_too_slow" (the limit passed),
+                "invalid_request" (no token came out).
+        """
+        async with self._one_at_a_time:
+            try:
+                answer = await self._ask(prompt)
+            except (asyncio.IncompleteReadError, ConnectionError) as error:
+                code = await self._end()
+                if code == -signal.SIGALRM:
+                    raise GryphonError(
+                        "prompt_too_slow",
+                        f"Preparing this prompt took longer than {self._time_limit_s:g} s: it is "
+                        "very long, or the model's chat template does not end. Shorten it.",
+                    ) from error
+                raise GryphonError(
+                    "prompt_failed",
+                    f"Preparing this prompt ended the preparation process (exit status {code}), "
+                    "probably for lack of memory. Shorten it.",
+                ) from error
+            except asyncio.CancelledError:
+                await self._end()  # its answer would reach the next prompt
+                raise
+        if answer.error is not None:
+            raise GryphonError(*answer.error)
+        tokens = array.array("i", answer.tokens).tolist()
+        if not tokens:
+            raise GryphonError("invalid_request", "The prompt is empty: it holds no token.")
+        return tokens
+
+    async def close(self) -> None:
+        await self._end()
+
+    async def _ask(self, prompt: Prompt) -> Prepared:
+        if self._process is None:
+            self._process = await asyncio.create_subprocess_exec(
+                *[sys.executable, "-P", "-m", "app.engine.preparation", str(self._time_limit_s)],
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=2**26,
+                env=child_environment(TOKENIZERS_PARALLELISM="false"),
+            )
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        body = msgspec.msgpack.encode(prompt)
+        stdin.write(struct.pack(">I", len(body)) + body)
+        await stdin.drain()
+        (size,) = struct.unpack(">I", await stdout.readexactly(4))
+        return msgspec.msgpack.decode(await stdout.readexactly(size), type=Prepared)
+
+    async def _end(self) -> int | None:
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        if process.returncode is None and process.stdin is not None:
+            process.stdin.close()
+            try:
+                await asyncio.wait_for(process.wait(), timeout=0.5)
+            except TimeoutError:
+                process.kill()
+        return await process.wait()
+
+
+class _Prompts:
+    """Process side: tokenizer and template of the model used last."""
+
+    def __init__(self) -> None:
+        self._path: str | None = None
+
+    def tokens(self, prompt: Prompt) -> list[int]:
+        from mlxmodels.tokenizer import Tokenizer, read_chat_template
+
+        from app.engine.template import ChatTemplate, PromptEncoder
+
+        if prompt.model_path != self._path:
+            directory = Path(prompt.model_path)
+            tokenizer = Tokenizer.from_directory(directory)
+            self._encoder = PromptEncoder(tokenizer)
+            self._template = ChatTemplate(
+                read_chat_template(directory), tokenizer.bos_token, tokenizer.eos_token
+            )
+            self._path = prompt.model_path
+        if prompt.messages is not None:
+            return self._encoder.encode(self._template.render(prompt.messages))
+        assert prompt.text is not None
+        return self._encoder.encode(prompt.text)
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO, time_limit_s: float) -> None:
+    from mlxmodels.errors import ModelError
+
+    prompts = _Prompts()
+    while len(head := requests.read(4)) == 4:
+        prompt = msgspec.msgpack.decode(requests.read(struct.unpack(">I", head)[0]), type=Prompt)
+        signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+        try:
+            answer = Prepared(tokens=array.array("i", prompts.tokens(prompt)).tobytes())
+        except GryphonError as error:
+            answer = Prepared(error=(error.code, error.message))
+        except ModelError as error:
+            answer = Prepared(error=("invalid_model", str(error)))
+        except (OSError, json.JSONDecodeError) as error:
+            answer = Prepared(error=("invalid_model", f"The model cannot be read: {error}"))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        body = msgspec.msgpack.encode(answer)
+        answers.write(struct.pack(">I", len(body)) + body)
+        answers.flush()
+
+
+def main() -> None:
+    """Entry point of the preparation process."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or hard > _ADDRESS_SPACE_BYTES:
+        resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE_BYTES, hard))
+    _serve(sys.stdin.buffer, sys.stdout.buffer, float(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

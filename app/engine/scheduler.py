@@ -1,0 +1,368 @@
+"""Continuous batching on the one thread that owns MLX.
+
+A request waits in a queue, is prefilled alone in chunks, then joins the batch that decodes one
+token for all its rows at once. Between two decode steps at most one chunk of prefill runs, so no
+running row waits longer than that for a newcomer. The last prompt token is not prefilled: it is the
+row's first input to the batch, so every forward pass but those of prefill serves all rows.
+
+Decoding is one step ahead of reading: a step is launched with the tokens of the step before, still
+unread, and only then are those read, turned into text and sent. A row that turns out to have ended
+leaves the batch then; what the launched step computed for it is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from app.engine.batch import Batch, Emit, Launch, Row
+from app.engine.protocol import (
+    Accepted,
+    Event,
+    GenerationRequest,
+    LoadModel,
+    ModelRef,
+    ModelState,
+    Progress,
+    Token,
+    TokenLogprob,
+)
+from app.engine.resident import ResidentModel, load_resident, release_memory
+from app.engine.sampling import RowGenerator, RowSampling
+from app.engine.text import TextStream
+from app.errors import GryphonError
+
+logger = logging.getLogger(__name__)
+
+MAX_ROWS = 16
+MAX_QUEUE = 64
+# A model without a context limit could answer for ever: an answer then ends here by default.
+DEFAULT_MAX_TOKENS = 8192
+# Tokens prefilled between two decode steps: a fraction of a second on either kind of device.
+_PREFILL_CHUNK = {mx.DeviceType.gpu: 512, mx.DeviceType.cpu: 128}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the engine looks like from outside, replaced whole so that any thread may read it."""
+
+    model: ModelRef | None = None
+    state: ModelState = "unloaded"
+    weight_bytes: int = 0
+    state_bytes: int = 0
+    active_bytes: int = 0
+    running: int = 0
+    queued: int = 0
+    context_length: int | None = None
+    note: str = ""
+
+
+class Scheduler:
+    """Owns the model and the batch.
+
+    `submit`, `cancel` and `stop` may be called from any thread; everything else happens in `run`,
+    on the thread that calls it. Events go out through each row's own `emit`.
+    """
+
+    def __init__(self) -> None:
+        self.snapshot = Snapshot()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._queue: deque[Row] = deque()
+        self._prefilling: Row | None = None
+        self._batch = Batch()
+        self._in_flight: Launch | None = None
+        self._resident: ResidentModel | None = None
+        self._outbox: list[tuple[Emit, Event]] = []
+
+    # Called from other threads.
+
+    def submit(self, row: Row) -> None:
+        """Queue a request; it ends in exactly one `Finished` or `Failed`."""
+        self._inbox.put(lambda: self._enqueue(row))
+
+    def cancel(self, row: Row) -> None:
+        """End a request early, wherever it is. Nothing happens when it has ended."""
+        self._inbox.put(lambda: self._cancel(row))
+
+    def stop(self) -> None:
+        """Make `run` return after the current step."""
+        self._stopping.set()
+        self._inbox.put(lambda: None)
+
+    # The MLX thread.
+
+    def run(self) -> None:
+        """Work until `stop`."""
+        while not self._stopping.is_set():
+            idle = not (self._queue or self._holds_state)
+            self._take_inbox(block=idle)
+            self._admit()
+            if self._prefilling is not None:
+                self._guarded(self._prefill_chunk, [self._prefilling])
+            if self._batch.rows or self._in_flight is not None:
+                in_flight = self._in_flight.rows if self._in_flight is not None else []
+                self._guarded(self._decode, [*self._batch.rows, *in_flight])
+            self._end_turn()
+
+    @property
+    def _active(self) -> int:
+        """Rows being prefilled or decoded."""
+        return len(self._batch.rows) + (self._prefilling is not None)
+
+    @property
+    def _holds_state(self) -> bool:
+        return bool(self._active) or self._in_flight is not None
+
+    def _take_inbox(self, *, block: bool) -> None:
+        try:
+            self._inbox.get(block=block)()
+            while True:
+                self._inbox.get(block=False)()
+        except queue.Empty:
+            pass
+
+    def _guarded(self, work: Callable[[], None], rows: Iterable[Row]) -> None:
+        """Run one piece of work; whatever it raises ends the rows it was for, and only those."""
+        rows = list(rows)
+        try:
+            work()
+        except Exception as error:
+            logger.exception("an engine step failed")
+            for row in rows:
+                row.fail(
+                    "engine_error",
+                    f"The engine failed while answering ({type(error).__name__}: {error}). "
+                    "Try again; `gryphon doctor` shows where its log is.",
+                )
+            if self._prefilling is not None and self._prefilling.done:
+                self._prefilling = None
+            if any(row.done for row in self._batch.rows):
+                # The batch's states may be half advanced: none of its rows can go on from them.
+                self._batch = Batch()
+                self._in_flight = None
+
+    # Arrival and departure.
+
+    def _enqueue(self, row: Row) -> None:
+        request = row.request
+        send = row.emit
+        row.emit = lambda event: self._outbox.append((send, event))
+        if len(self._queue) >= MAX_QUEUE:
+            row.fail(
+                "queue_full",
+                f"{len(self._queue)} requests are waiting already. Try again in a moment.",
+                retry_after=1.0,
+            )
+            return
+        busy_with = self._queue[-1].request.model if self._queue else self._busy_model
+        if (
+            isinstance(request, GenerationRequest)
+            and not request.wait_for_model
+            and busy_with not in (None, request.model)
+        ):
+            assert busy_with is not None
+            row.fail(
+                "model_busy",
+                f"{busy_with.name} is in use, so {request.model.name} cannot be loaded now. "
+                "Try again later, or let the request wait.",
+                retry_after=1.0,
+            )
+            return
+        if ahead := len(self._queue) + (self._prefilling is not None):
+            row.emit(Progress(request.id, "queue", 0, ahead))
+        self._queue.append(row)
+
+    @property
+    def _busy_model(self) -> ModelRef | None:
+        if self._resident is None or not self._holds_state:
+            return None
+        return self._resident.ref
+
+    def _cancel(self, row: Row) -> None:
+        if row.done:
+            return
+        row.finish("cancelled", row.text.finish() if row.text is not None else "")
+        if row in self._queue:
+            self._queue.remove(row)
+        if row is self._prefilling:
+            self._prefilling = None
+        self._batch.drop_done()
+
+    # Admission: at most one model change or one new row per turn.
+
+    def _admit(self) -> None:
+        if not self._queue or self._prefilling is not None:
+            return
+        row = self._queue[0]
+        if self._resident is None or row.request.model != self._resident.ref:
+            if self._holds_state:
+                self._announce_wait(row)
+                return
+            if not self._change_model(row):
+                return
+        if isinstance(row.request, LoadModel):
+            self._queue.popleft()
+            row.finish("stop")
+        elif self._active < MAX_ROWS:
+            self._queue.popleft()
+            self._guarded(lambda: self._begin(row), [row])
+
+    def _announce_wait(self, row: Row) -> None:
+        if not row.announced_wait and self._resident is not None:
+            row.announced_wait = True
+            detail = f"waiting for {self._resident.ref.name} to finish"
+            row.emit(Progress(row.request.id, "swap", 0, self._active, detail))
+
+    def _change_model(self, row: Row) -> bool:
+        """Make the model of `row` resident, or fail everyone who waits for that model."""
+        ref = row.request.model
+        self._resident = None
+        self._batch = Batch()
+        release_memory()
+        self.snapshot = Snapshot(model=ref, state="loading", queued=len(self._queue))
+
+        def progress(done: int, total: int) -> None:
+            row.emit(Progress(row.request.id, "load", done, total, f"loading {ref.name}"))
+            self._send_events()  # the turn will not end for a while
+
+        try:
+            self._resident = load_resident(ref, progress)
+        except GryphonError as error:
+            release_memory()
+            for waiting in [row for row in self._queue if row.request.model == ref]:
+                self._queue.remove(waiting)
+                waiting.fail(error.code, error.message)
+            return False
+        return True
+
+    def _begin(self, row: Row) -> None:
+        """Check a row against the resident model and start its prefill."""
+        assert self._resident is not None
+        loaded, name = self._resident.loaded, self._resident.ref.name
+        request = row.generation
+        limit = loaded.context_length
+        if limit is not None and len(row.prompt) >= limit:
+            row.fail(
+                "context_length_exceeded",
+                f"The prompt has {len(row.prompt)} tokens and {name} has room for {limit} in "
+                "prompt and answer together. Shorten the prompt or start a new chat.",
+            )
+            return
+        if not 0 <= min(row.prompt) <= max(row.prompt) < self._resident.vocab_size:
+            row.fail(
+                "invalid_request",
+                f"Prompt tokens must be 0 to {self._resident.vocab_size - 1} for {name}, "
+                f"got {min(row.prompt)} to {max(row.prompt)}.",
+            )
+            return
+        room = DEFAULT_MAX_TOKENS if limit is None else limit - len(row.prompt)
+        row.max_tokens = request.max_tokens or room
+        if limit is not None:
+            row.max_tokens = min(row.max_tokens, room)
+        row.text = TextStream(loaded.tokenizer, request.stop)
+        row.sampling = RowSampling.of(request.sampling, self._resident.recommended)
+        row.generator = RowGenerator(request.sampling.seed)
+        row.caches = loaded.make_cache()
+        loaded.begin_prompt(row.caches, len(row.prompt))
+        row.admitted_s = time.monotonic()
+        row.emit(Accepted(request.id, len(row.prompt), 0, limit))
+        self._prefilling = row
+
+    # Prefill and decode.
+
+    def _prefill_chunk(self) -> None:
+        row, resident = self._prefilling, self._resident
+        assert row is not None and resident is not None
+        total = len(row.prompt) - 1
+        if row.processed < total:
+            size = _PREFILL_CHUNK[mx.default_device().type]
+            chunk = row.prompt[row.processed : min(row.processed + size, total)]
+            # Only the states are evaluated, so the logits of these positions are never computed.
+            resident.loaded.model(mx.array([chunk], mx.int32), cache=row.caches)
+            mx.eval([cache.state for cache in row.caches])
+            row.processed += len(chunk)
+            if total > size:
+                row.emit(Progress(row.request.id, "prefill", row.processed + 1, total + 1))
+        if row.processed >= total:
+            self._prefilling = None
+            resident.loaded.end_prompt(row.caches)
+            self._batch.join(row)
+
+    def _decode(self) -> None:
+        # A row whose last allowed token is already being computed feeds nothing more.
+        self._batch.drop(lambda row: row.launched >= row.max_tokens)
+        launch = None
+        if self._batch.rows:
+            assert self._resident is not None
+            launch = self._batch.launch(self._resident.loaded.model)
+        if self._in_flight is not None:
+            self._read(self._in_flight)
+        self._in_flight = launch
+        self._batch.drop_done()
+
+    def _read(self, launch: Launch) -> None:
+        """Turn the tokens of a launched step into events."""
+        tokens = launch.token_ids()
+        now = time.monotonic()
+        for index, row in enumerate(launch.rows):
+            if not row.done:
+                row.first_token_s = row.first_token_s or now
+                self._deliver(row, tokens[index], launch, index)
+
+    def _deliver(self, row: Row, token_id: int, launch: Launch, index: int) -> None:
+        assert self._resident is not None and row.text is not None
+        if token_id in self._resident.loaded.eos_token_ids:
+            row.finish("stop", row.text.finish())
+            return
+        row.generated += 1
+        text, stopped = row.text.add(token_id)
+        logprob, top = None, []
+        if row.generation.logprobs:
+            value, alternatives = launch.logprobs_of(index, row.generation.top_logprobs)
+            logprob = self._named(token_id, value)
+            top = [self._named(*alternative) for alternative in alternatives]
+        row.emit(Token(row.request.id, text, token_id, logprob, top))
+        if stopped:
+            row.finish("stop")
+        elif row.generated >= row.max_tokens:
+            row.finish("length", row.text.finish())
+
+    def _named(self, token_id: int, logprob: float) -> TokenLogprob:
+        assert self._resident is not None
+        raw = self._resident.loaded.tokenizer.token_bytes(token_id)
+        return TokenLogprob(token_id, raw.decode("utf-8", "replace"), raw, logprob)
+
+    def _end_turn(self) -> None:
+        """Events go out after the snapshot that includes what they tell."""
+        self._publish()
+        self._send_events()
+
+    def _send_events(self) -> None:
+        for send, event in self._outbox:
+            send(event)
+        self._outbox.clear()
+
+    def _publish(self) -> None:
+        resident = self._resident
+        if resident is None:
+            self.snapshot = Snapshot(active_bytes=mx.get_active_memory(), queued=len(self._queue))
+            return
+        self.snapshot = Snapshot(
+            model=resident.ref,
+            state="ready",
+            weight_bytes=resident.loaded.nbytes,
+            state_bytes=self._batch.nbytes,
+            active_bytes=mx.get_active_memory(),
+            running=self._active,
+            queued=len(self._queue),
+            context_length=resident.loaded.context_length,
+            note=resident.note,
+        )

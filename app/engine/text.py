@@ -1,0 +1,49 @@
+"""Generated tokens become text: whole characters only, and never any of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlxmodels.tokenizer import StreamingDetokenizer, Tokenizer
+
+
+class TextStream:
+    """The readable text of one row, released as early as it can be.
+
+    Bytes wait until they form characters. Text that may be the beginning of a stop string waits
+    until it cannot be one any more; the stop string itself and what follows never come out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._detokenizer = StreamingDetokenizer(tokenizer)
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def add(self, token_id: int) -> tuple[str, bool]:
+        """Text released by one more token, and whether a stop string was reached."""
+        return self._release(self._detokenizer.add(token_id), more_follows=True)
+
+    def finish(self) -> str:
+        """What was still waiting when generation ended by itself."""
+        return self._release(self._detokenizer.finish(), more_follows=False)[0]
+
+    def _release(self, new: str, *, more_follows: bool) -> tuple[str, bool]:
+        if not self._stop:
+            return new, False
+        text = self._held + new
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        keep = self._possible_start(text) if more_follows else 0
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def _possible_start(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string begins with."""
+        longest = min(len(text), max(map(len, self._stop)) - 1)
+        for size in range(longest, 0, -1):
+            end = text[-size:]
+            if any(stop.startswith(end) for stop in self._stop):
+                return size
+        return 0

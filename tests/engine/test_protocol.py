@@ -1,0 +1,132 @@
+"""The wire: what goes in comes out, and nonsense is refused by name."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import msgspec
+import pytest
+
+from app.engine.protocol import (
+    MAX_FRAME_BYTES,
+    Accepted,
+    Cancel,
+    Failed,
+    Finished,
+    GenerationRequest,
+    GetStatus,
+    LoadModel,
+    Message,
+    ModelRef,
+    Progress,
+    Sampling,
+    Timings,
+    Token,
+    TokenLogprob,
+    Usage,
+    check_request,
+    encode_frame,
+    read_command,
+    read_event,
+)
+from app.errors import GryphonError
+
+MODEL = ModelRef("m", "/m")
+REQUEST = GenerationRequest(id="a", model=MODEL, prompt="hi")
+
+
+def _reader(data: bytes) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader()
+    reader.feed_data(data)
+    reader.feed_eof()
+    return reader
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        REQUEST,
+        GenerationRequest(
+            id="b",
+            model=MODEL,
+            messages=[Message("user", "naïve \x00 🦅")],
+            sampling=Sampling(temperature=0, seed=-3),
+            stop=["\n"],
+            logprobs=True,
+        ),
+        Cancel("a"),
+        LoadModel("l", MODEL),
+        GetStatus("s"),
+    ],
+    ids=lambda command: type(command).__name__,
+)
+async def test_commands_survive_the_wire(command: Any) -> None:
+    assert await read_command(_reader(encode_frame(command))) == command
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Accepted("a", 3, 0, None),
+        Progress("a", "prefill", 1, 2),
+        Token("a", "é", 7, TokenLogprob(7, "�", b"\xc3", -0.5)),
+        Finished("a", "stop", Usage(1, 2, 0), Timings(0.1, 0.2, 0.3)),
+        Failed("a", "engine_crashed", "It stopped.", 1.0),
+    ],
+    ids=lambda event: type(event).__name__,
+)
+async def test_events_survive_the_wire(event: Any) -> None:
+    assert await read_event(_reader(encode_frame(event))) == event
+
+
+async def test_a_frame_that_ends_early_is_the_end_of_the_connection() -> None:
+    with pytest.raises(asyncio.IncompleteReadError):
+        await read_command(_reader(encode_frame(REQUEST)[:-1]))
+
+
+async def test_a_frame_that_claims_too_much_is_refused_before_it_is_read() -> None:
+    with pytest.raises(ConnectionError, match="larger"):
+        await read_command(_reader(b"\xff\xff\xff\xff"))
+
+
+async def test_bytes_that_are_no_command_are_refused() -> None:
+    with pytest.raises(msgspec.MsgspecError):
+        await read_command(_reader(b"\x00\x00\x00\x04\xffabc"))
+
+
+def test_a_request_too_large_for_a_frame_says_so() -> None:
+    request = msgspec.structs.replace(REQUEST, prompt="x" * (MAX_FRAME_BYTES + 1))
+    with pytest.raises(GryphonError) as caught:
+        encode_frame(request)
+    assert caught.value.code == "request_too_large"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": None}, "exactly one"),
+        ({"messages": [Message("user", "x")]}, "exactly one"),
+        ({"prompt": None, "messages": []}, "messages is empty"),
+        ({"prompt": None, "prompt_tokens": []}, "prompt_tokens is empty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": [""]}, "empty string"),
+        ({"stop": ["x"] * 17}, "16 strings"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"sampling": Sampling(temperature=2.1)}, "temperature must be 0 to 2, got 2.1"),
+        ({"sampling": Sampling(temperature=-1)}, "temperature"),
+        ({"sampling": Sampling(temperature=math.nan)}, "temperature"),
+        ({"sampling": Sampling(top_p=1.5)}, "top_p"),
+        ({"sampling": Sampling(min_p=-0.1)}, "min_p"),
+        ({"sampling": Sampling(top_k=-1)}, "top_k"),
+    ],
+    ids=str,
+)
+def test_what_no_model_could_answer_is_refused_by_name(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(GryphonError, match=said):
+        check_request(msgspec.structs.replace(REQUEST, **change))
+
+
+def test_a_plain_request_passes() -> None:
+    check_request(REQUEST)

@@ -1,0 +1,139 @@
+"""The engine as its faces see it, scripted: no MLX, no process, no clock."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+
+from app.engine.protocol import (
+    Accepted,
+    EngineStatus,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    ModelRef,
+    Progress,
+    Timings,
+    Token,
+    TokenLogprob,
+    Usage,
+)
+
+
+class FakeEngine:
+    """An `EngineClient` that answers from a script.
+
+    `answers` holds, per coming request, a list of pieces: a str becomes a `Token`, an event goes
+    out as it is (its id filled in), an `asyncio.Event` is waited for. After the pieces the request
+    finishes by itself unless a piece was terminal. Requests made are kept in `requests`,
+    cancelled ids in `cancelled`.
+    """
+
+    def __init__(self, answers: Sequence[Sequence[str | Event | asyncio.Event]] = ()) -> None:
+        self.answers = list(answers)
+        self.requests: list[GenerationRequest] = []
+        self.cancelled: list[str] = []
+        self.prompt_tokens = 7
+        self.context_length: int | None = 8192
+        self.started = False
+        self.closed = False
+        self._cancel_events: dict[str, asyncio.Event] = {}
+
+    async def start(self) -> None:
+        self.started = True
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+        if request_id in self._cancel_events:
+            self._cancel_events[request_id].set()
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[Event]:
+        self.requests.append(request)
+        pieces = self.answers.pop(0) if self.answers else ["Hello", " there", "."]
+        cancel = self._cancel_events[request.id] = asyncio.Event()
+        count = 0
+
+        def finished(reason: str) -> Finished:
+            return Finished(
+                id=request.id,
+                reason=reason,  # type: ignore[arg-type]
+                usage=Usage(self.prompt_tokens, count, 0),
+                timings=Timings(queue_s=0.0, prefill_s=0.1, decode_s=0.1 * max(count - 1, 0)),
+            )
+
+        terminal = False
+        try:
+            yield Accepted(
+                id=request.id,
+                prompt_tokens=self.prompt_tokens,
+                cached_tokens=0,
+                context_length=self.context_length,
+            )
+            for piece in pieces:
+                if isinstance(piece, asyncio.Event):
+                    gate = asyncio.ensure_future(piece.wait())
+                    stop = asyncio.ensure_future(cancel.wait())
+                    await asyncio.wait({gate, stop}, return_when=asyncio.FIRST_COMPLETED)
+                    gate.cancel()
+                    stop.cancel()
+                if cancel.is_set():
+                    terminal = True
+                    yield finished("cancelled")
+                    return
+                if isinstance(piece, str):
+                    logprob = None
+                    if request.logprobs:
+                        logprob = TokenLogprob(count, piece, piece.encode(), -0.5)
+                    yield Token(
+                        id=request.id,
+                        text=piece,
+                        token_id=count,
+                        logprob=logprob,
+                        top=[logprob] * request.top_logprobs if logprob else [],
+                    )
+                    count += 1
+                    if request.max_tokens is not None and count >= request.max_tokens:
+                        terminal = True
+                        yield finished("length")
+                        return
+                elif not isinstance(piece, asyncio.Event):
+                    terminal = isinstance(piece, (Finished, Failed))
+                    yield msgspec.structs.replace(piece, id=request.id)  # type: ignore[type-var]
+                    if terminal:
+                        return
+            terminal = True
+            yield finished("stop")
+        finally:
+            if not terminal:
+                self.cancelled.append(request.id)
+
+    async def load(self, model: ModelRef) -> AsyncIterator[Event]:
+        yield Progress(id="load", phase="load", processed=1, total=1, detail=model.name)
+        yield Finished(
+            id="load", reason="stop", usage=Usage(0, 0, 0), timings=Timings(0.0, 0.0, 0.0)
+        )
+
+    async def status(self) -> EngineStatus | None:
+        model = self.requests[-1].model if self.requests else None
+        return EngineStatus(
+            id="status",
+            pid=1,
+            gryphon="0.0.0",
+            model=model,
+            state="ready" if model else "unloaded",
+            device="cpu",
+            backend_note="scripted",
+            weight_bytes=0,
+            state_bytes=0,
+            active_bytes=0,
+            running=0,
+            queued=0,
+            uptime_s=1.0,
+            context_length=self.context_length,
+        )
