@@ -1,0 +1,1 @@
+"""Conversations as a tree in SQLite, on this machine only."""

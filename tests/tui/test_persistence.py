@@ -1,0 +1,215 @@
+"""Nothing a person typed, and nothing a model answered, is lost between two starts."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.history.store import History
+from app.tui.app import ChatApp
+from app.tui.screens.chat import ChatScreen
+from app.tui.widgets.prompt import Prompt
+from app.tui.widgets.transcript import PAGE
+
+from ..fakes import FakeEngine
+from .conftest import MODEL, Chatting
+
+Chat = Callable[..., Any]
+
+
+async def test_the_last_chat_is_resumed_and_goes_on(chatting: Chat) -> None:
+    async with chatting([["**Fine**, thanks."]]) as chat:
+        await chat.send("How are you?")
+        await chat.until_answered()
+    async with chatting([["Again."]]) as chat:
+        await chat.until_seen("Fine, thanks.")
+        assert "How are you?" in chat.screen_text
+        assert chat.status == "tiny-model · idle · context 8/8192"
+        await chat.send("And now?")
+        await chat.until_seen("Again.")
+        assert [m.content for m in chat.engine.requests[0].messages] == [
+            "How are you?",
+            "**Fine**, thanks.",
+            "And now?",
+        ]
+
+
+async def test_quitting_in_the_middle_of_an_answer_saves_what_came(chatting: Chat) -> None:
+    async with chatting([["Half an answer", asyncio.Event()]]) as chat:
+        await chat.send("Go")
+        await chat.until_seen("Half an answer")
+        await chat.pilot.press("ctrl+q")
+    assert chat.saved() == [
+        ("user", "Go", "complete"),
+        ("assistant", "Half an answer", "cancelled"),
+    ]
+    assert chat.engine.closed
+    assert chat.engine.cancelled == [chat.engine.requests[0].id]
+
+
+async def test_an_answer_cut_off_by_kill_9_is_shown_as_interrupted(
+    chatting: Chat, history_path: Path
+) -> None:
+    dying = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from app.history.store import History\n"
+        "history = History(Path(sys.argv[1])); chat = history.create_conversation()\n"
+        "asked = history.append(chat.id, None, 'user', 'Count')\n"
+        "row = history.append(chat.id, asked.id, 'assistant', '', model='m', state='streaming')\n"
+        "history.update_text(row.id, 'one two')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", dying, str(history_path)], check=False)
+    async with chatting([["one two three"]]) as chat:
+        await chat.until_seen("one two")
+        assert chat.notes == ["interrupted: Gryphon ended before the answer did · Ctrl+R to retry"]
+        await chat.pilot.press("ctrl+r")
+        await chat.until_seen("one two three")
+
+
+async def test_a_question_without_an_answer_can_be_asked_again(
+    chatting: Chat, history_path: Path
+) -> None:
+    history = History(history_path)
+    history.append(history.create_conversation().id, None, "user", "Anybody there?")
+    history.close()
+    async with chatting([["Yes."]]) as chat:
+        await chat.until_seen("Not answered yet · Ctrl+R to ask again")
+        await chat.pilot.press("ctrl+r")
+        await chat.until_seen("Yes.")
+        assert "Not answered yet" not in chat.screen_text
+
+
+async def test_a_draft_survives_quitting_and_is_gone_once_sent(chatting: Chat) -> None:
+    async with chatting() as chat:
+        await chat.type("half a")
+        await chat.pilot.press("ctrl+j")
+        await chat.type("thought")
+        await chat.pilot.press("ctrl+q")
+    async with chatting([["Ok."]]) as chat:
+        await chat.until(lambda: chat.prompt.text == "half a\nthought", "the draft")
+        await chat.type("!")
+        await chat.pilot.press("enter")
+        await chat.until_answered()
+    async with chatting() as chat:
+        await chat.until_seen("half a")
+        assert chat.prompt.text == ""
+        assert chat.saved()[0] == ("user", "half a\nthought!", "complete")
+
+
+async def test_a_draft_is_saved_while_typing(chatting: Chat, history_path: Path) -> None:
+    async with chatting() as chat:
+        await chat.type("unsent")
+        history = History(history_path)
+        await chat.until(
+            lambda: (latest := history.latest()) and latest.draft == "unsent", "the draft on disk"
+        )
+        for _ in "unsent":
+            await chat.pilot.press("backspace")
+        await chat.until(lambda: history.latest() is None, "no trace of an empty chat")
+        history.close()
+
+
+async def test_new_chat_starts_empty_and_what_is_typed_comes_along(
+    chatting: Chat, history_path: Path
+) -> None:
+    async with chatting([["Old answer."], ["New answer."]]) as chat:
+        await chat.send("Old question")
+        await chat.until_answered()
+        await chat.type("New question")
+        await chat.pilot.press("ctrl+n")
+        await chat.until(lambda: "Old" not in chat.screen_text, "an empty chat")
+        assert chat.status == "tiny-model · idle"
+        await chat.pilot.press("enter")
+        await chat.until_seen("New answer.")
+        assert [m.content for m in chat.engine.requests[1].messages] == ["New question"]
+    history = History(history_path)
+    assert [c.title for c in history.conversations()] == ["New question", "Old question"]
+    assert [c.draft for c in history.conversations()] == ["", ""]
+    history.close()
+
+
+async def test_new_chat_in_the_middle_of_an_answer_keeps_what_came(chatting: Chat) -> None:
+    async with chatting([["Half", asyncio.Event()]]) as chat:
+        await chat.send("Go")
+        await chat.until_seen("Half")
+        await chat.pilot.press("ctrl+n")
+        await chat.until(lambda: "Half" not in chat.screen_text, "an empty chat")
+        assert chat.saved()[-1] == ("assistant", "Half", "cancelled")
+
+
+async def test_a_chat_open_in_another_gryphon_is_left_to_it(
+    chatting: Chat, history_path: Path
+) -> None:
+    holding = (
+        "import sys; from pathlib import Path; from app.history.store import History\n"
+        "history = History(Path(sys.argv[1])); chat = history.create_conversation()\n"
+        "history.append(chat.id, None, 'user', 'Mine'); print('held', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holding, str(history_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        async with chatting([["Hello."]]) as chat:
+            await chat.until_seen("open in another Gryphon")
+            assert "Mine" not in chat.screen_text
+            await chat.send("Me too")
+            await chat.until_answered()
+            assert chat.saved()[0][1] == "Me too"
+
+
+async def test_a_long_chat_opens_at_its_end_and_shows_the_rest_when_asked(
+    chatting: Chat, history_path: Path
+) -> None:
+    history = History(history_path)
+    parent = None
+    chat_id = history.create_conversation().id
+    for number in range(PAGE + 5):
+        parent = history.append(chat_id, parent, "user", f"message {number}").id
+    history.close()
+    async with chatting() as chat:
+        await chat.until_seen(f"message {PAGE + 4}")
+        assert len(chat.screen.query("UserMessage")) == PAGE
+        chat.screen.query_one("#earlier").press()
+        await chat.until(
+            lambda: len(chat.screen.query("UserMessage")) == PAGE + 5, "the earlier messages"
+        )
+        assert not chat.screen.query("#earlier")
+        await chat.until_seen("message 5")
+
+
+async def test_a_message_sent_before_the_last_chat_is_shown_goes_into_it(
+    chatting: Chat, history_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with chatting([["Old answer."]]) as chat:
+        await chat.send("Old question")
+        await chat.until_answered()
+
+    begin = ChatScreen._begin
+
+    async def begin_late(screen: ChatScreen) -> None:
+        screen.prompt.load_text("New question")
+        await screen.send(Prompt.Submitted(screen.prompt, "New question"))
+        await begin(screen)
+
+    monkeypatch.setattr(ChatScreen, "_begin", begin_late)
+    history = History(history_path)
+    engine = FakeEngine([["New answer."]])
+    app = ChatApp(history=history, model=MODEL, engine_factory=lambda: engine)  # type: ignore
+    async with app.run_test() as pilot:
+        await Chatting(app, pilot, engine).until_seen("New answer.")
+        assert [m.content for m in engine.requests[0].messages or []] == [
+            "Old question",
+            "Old answer.",
+            "New question",
+        ]
+    history.close()
