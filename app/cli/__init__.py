@@ -1,0 +1,153 @@
+"""The `gryphon` command. A face is imported only when it is asked for, so `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from app import __version__
+from app.errors import GryphonError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+DEFAULT_PORT = 11500
+
+_EPILOG = """\
+Without a command, `gryphon` opens the chat and serves the REST endpoint beside it.
+The first command that needs a model fetches the embedded one, SmolLM2-135M-Instruct (93 MB).
+Exit status: 0 fine, 1 failed (one sentence on standard error), 2 wrong usage, 130 interrupted.
+"""
+
+
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 to 2; 0 is greedy")
+    group.add_argument("--top-p", type=float, metavar="P", help="0 to 1; 1 is off")
+    group.add_argument("--top-k", type=int, metavar="K", help="0 is off")
+    group.add_argument("--min-p", type=float, metavar="P", help="0 to 1; 0 is off")
+    group.add_argument("--seed", type=int, help="same seed, same text")
+
+
+def _server_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("REST endpoint")
+    group.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
+    group.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"default: {DEFAULT_PORT}")
+    group.add_argument(
+        "--api-key", metavar="KEY", help="required of every request; needed off loopback"
+    )
+    group.add_argument(
+        "--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="a web origin that may call the endpoint (repeatable)",
+    )  # fmt: skip
+
+
+def _model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m", "--model", help="an installed model (`gryphon list`) or the path of a model directory"
+    )
+
+
+def _yes_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-y", "--yes", action="store_true", help="do not ask before a download")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="gryphon",
+        description="Chat with a language model that runs on this machine.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gryphon {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    chat = commands.add_parser("chat", help="the terminal chat (what plain `gryphon` does)")
+    _model_option(chat)
+    _server_options(chat)
+    chat.add_argument("--no-serve", action="store_true", help="no REST endpoint beside the chat")
+
+    run = commands.add_parser(
+        "run",
+        help="answer one prompt on standard output",
+        description="Answer one prompt on standard output. Text piped in comes before the prompt.",
+    )
+    run.add_argument("prompt", nargs="?", help="the prompt; standard input alone will do")
+    _model_option(run)
+    _yes_option(run)
+    run.add_argument("--system", metavar="TEXT", help="a system message")
+    run.add_argument("--raw", action="store_true", help="no chat template: continue the text as is")
+    run.add_argument("--max-tokens", type=int, metavar="N", help="default: what the context leaves")
+    run.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
+    run.add_argument("--json", action="store_true", help="events, one JSON object a line")
+    run.add_argument("--stats", action="store_true", help="counts and speeds on standard error")
+    _sampling_options(run)
+
+    serve = commands.add_parser("serve", help="the REST endpoint alone")
+    _yes_option(serve)
+    _server_options(serve)
+    serve.add_argument("--access-log", action="store_true", help="log each request, never prompts")
+
+    pull = commands.add_parser("pull", help="fetch a model")
+    pull.add_argument("name", help="smollm2-135m")
+    _yes_option(pull)
+
+    listing = commands.add_parser("list", help="installed models")
+    listing.add_argument("--json", action="store_true")
+
+    show = commands.add_parser("show", help="what a model is")
+    show.add_argument("name", nargs="?", help="default: the model that would be used")
+    show.add_argument("--json", action="store_true")
+
+    ps = commands.add_parser("ps", help="what the engine is doing")
+    ps.add_argument("--json", action="store_true")
+
+    doctor = commands.add_parser("doctor", help="versions, device, paths, and what would be used")
+    doctor.add_argument("--json", action="store_true")
+    return parser
+
+
+# Command to the module and function that carries it out.
+_COMMANDS = {
+    "chat": "app.cli.faces:chat",
+    "serve": "app.cli.faces:serve",
+    "run": "app.cli.run:run",
+    "pull": "app.cli.models:pull",
+    "list": "app.cli.models:list_models",
+    "show": "app.cli.models:show",
+    "ps": "app.cli.report:ps",
+    "doctor": "app.cli.report:doctor",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status. No traceback reaches a person."""
+    parser = build_parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(words)
+    if arguments.command is None:
+        arguments = parser.parse_args(["chat", *words])
+    module, function = _COMMANDS[arguments.command].split(":")
+    try:
+        status: int = getattr(importlib.import_module(module), function)(arguments)
+        sys.stdout.flush()
+        return status
+    except GryphonError as error:
+        if getattr(arguments, "json", False):
+            print(json.dumps({"type": "failed", "code": error.code, "message": error.message}))
+        else:
+            print(f"gryphon: {error.message}", file=sys.stderr)
+        return EXIT_USAGE if error.code == "usage" else EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has had enough. What is still buffered must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK

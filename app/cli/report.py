@@ -1,0 +1,138 @@
+"""`gryphon ps` and `gryphon doctor`: what runs, and what would be used."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+
+import msgspec
+
+from app import __version__, paths
+from app.cli.terminal import human_bytes
+from app.engine.client import EngineClient
+from app.engine.protocol import EngineStatus
+from app.errors import GryphonError
+from app.library.installed import find_model, installed_models
+from app.settings import child_environment
+
+_PACKAGES = ("mlx", "mlx-lm", "textual", "fastapi", "huggingface_hub", "tokenizers")
+_PROBE_TIMEOUT_S = 120
+
+
+async def _status() -> EngineStatus | None:
+    client = EngineClient()
+    try:
+        return await client.status()
+    finally:
+        await client.close()
+
+
+def ps(arguments: argparse.Namespace) -> int:
+    """Print what the running engine does; starts none."""
+    status = asyncio.run(_status())
+    if arguments.json:
+        print(json.dumps(None if status is None else msgspec.to_builtins(status), indent=2))
+    elif status is None:
+        print("No engine is running. It starts with the first request of a chat, run or serve.")
+    else:
+        print(_describe(status))
+    return 0
+
+
+def _describe(status: EngineStatus) -> str:
+    model = status.model.name if status.model else "no model"
+    context = "unlimited" if status.context_length is None else f"{status.context_length} tokens"
+    rows = [
+        ("model", f"{model}, {status.state}"),
+        ("requests", f"{status.running} running, {status.queued} queued"),
+        ("memory", f"{human_bytes(status.weight_bytes)} weights, "
+         f"{human_bytes(status.state_bytes)} state, {human_bytes(status.active_bytes)} in all"),
+        ("context", context if status.model else "-"),
+        ("device", f"{status.device}: {status.backend_note}"),
+        ("engine", f"process {status.pid}, up {status.uptime_s:.0f} s, gryphon {status.gryphon}"),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<9} {value}" for name, value in rows)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print what Gryphon stands on, and exit with 1 when something keeps it from working."""
+    report = _collect()
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        for section, values in report.items():
+            print(section)
+            for name, value in values.items():
+                print(f"  {name:<16} {value}")
+    return 1 if report["problems"] else 0
+
+
+def _collect() -> dict[str, dict[str, object]]:
+    problems: dict[str, object] = {}
+    compute = _probe()
+    if "error" in compute:
+        problems["compute"] = compute["error"]
+    where: dict[str, object] = {}
+    try:
+        where = {
+            "models": paths.models_dir(),
+            "chats": paths.history_path(),
+            "cache": paths.cache_dir(),
+            "engine log": paths.engine_log(),
+            "engine socket": paths.engine_socket(),
+        }
+    except GryphonError as error:
+        problems["directories"] = error.message
+    models: dict[str, object] = {}
+    try:
+        models["installed"] = len(installed_models())
+        models["default"] = find_model().name
+    except GryphonError as error:
+        models["default"] = error.message
+    return {
+        "versions": {
+            "gryphon": __version__,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "compute": compute,
+        "packages": {name: _location(name) for name in ("app", "mlxmodels", "metal")},
+        "directories": {name: str(path) for name, path in where.items()},
+        "models": models,
+        "problems": problems,
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _location(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    return str(spec.origin) if spec is not None else "not found"
+
+
+def _probe() -> dict[str, object]:
+    """Device, BLAS and its speed as the engine would have them, measured in a child."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "app.engine.probe"],
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_TIMEOUT_S,
+            env=child_environment(),
+        )
+        answer: dict[str, object] = json.loads(done.stdout)
+        return answer
+    except (subprocess.TimeoutExpired, json.JSONDecodeError) as error:
+        return {"error": f"MLX cannot be started in a process of its own ({type(error).__name__})."}

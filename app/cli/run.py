@@ -1,0 +1,120 @@
+"""`gryphon run`: one prompt, answered on standard output as it is generated."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import uuid
+
+import msgspec
+
+from app.cli.models import model_for
+from app.cli.terminal import StatusLine, bar
+from app.engine.client import EngineClient
+from app.engine.protocol import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Message,
+    ModelRef,
+    Progress,
+    Sampling,
+    Token,
+    check_request,
+)
+from app.errors import GryphonError
+
+_PHASES = {"queue": "waiting", "swap": "waiting", "load": "loading", "prefill": "reading"}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer one prompt."""
+    prompt = _read_prompt(arguments.prompt)
+    request = _request(arguments, prompt, ModelRef("", ""))
+    check_request(request)  # wrong options are refused before a model is fetched
+    model = model_for(arguments.model, yes=arguments.yes)
+    request = msgspec.structs.replace(request, model=model.ref)
+    return asyncio.run(_answer(request, as_json=arguments.json, stats=arguments.stats))
+
+
+def _read_prompt(argument: str | None) -> str:
+    piped = ""
+    if not sys.stdin.isatty():
+        try:
+            piped = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise GryphonError("usage", f"Standard input is not UTF-8 text ({error}).") from error
+    parts = [part for part in (piped, argument) if part]
+    if not "".join(parts).strip():
+        raise GryphonError(
+            "usage", 'There is no prompt. Give one: gryphon run "Why is the sky blue?"'
+        )
+    return "\n\n".join(parts)
+
+
+def _request(arguments: argparse.Namespace, prompt: str, model: ModelRef) -> GenerationRequest:
+    if arguments.raw and arguments.system:
+        raise GryphonError("usage", "--system needs a chat template, so it excludes --raw.")
+    messages = [Message("system", arguments.system)] if arguments.system else []
+    messages.append(Message("user", prompt))
+    chosen = {
+        name: value
+        for name in ("temperature", "top_p", "top_k", "min_p", "seed")
+        if (value := getattr(arguments, name)) is not None
+    }
+    return GenerationRequest(
+        id=uuid.uuid4().hex,
+        model=model,
+        messages=None if arguments.raw else messages,
+        prompt=prompt if arguments.raw else None,
+        sampling=Sampling(**chosen),
+        max_tokens=arguments.max_tokens,
+        stop=arguments.stop,
+    )
+
+
+async def _answer(request: GenerationRequest, *, as_json: bool, stats: bool) -> int:
+    client = EngineClient()
+    line = StatusLine()
+    try:
+        async for event in client.stream(request):
+            if as_json:
+                sys.stdout.write(msgspec.json.encode(event).decode() + "\n")
+                sys.stdout.flush()
+            else:
+                _show(event, line)
+            if isinstance(event, Failed):
+                if not as_json:
+                    print(f"gryphon: {event.message}", file=sys.stderr)
+                return 1
+            if isinstance(event, Finished) and stats:
+                print(_summary(event), file=sys.stderr)
+        return 0
+    finally:
+        line.clear()
+        await client.close()
+
+
+def _show(event: Event, line: StatusLine) -> None:
+    if isinstance(event, Progress):
+        what = event.detail or _PHASES[event.phase]
+        line.show(f"{what} {bar(event.processed, event.total)}" if event.total else what)
+    elif isinstance(event, Token):
+        line.clear()
+        sys.stdout.write(event.text)
+        sys.stdout.flush()
+    elif isinstance(event, (Finished, Failed)):
+        line.clear()
+        if isinstance(event, Finished):
+            sys.stdout.write(event.text + "\n")
+
+
+def _summary(event: Finished) -> str:
+    usage, timings = event.usage, event.timings
+    return (
+        f"[{usage.prompt_tokens} prompt tokens at {timings.prefill_tps(usage):.1f} tok/s, "
+        f"{usage.completion_tokens} generated at {timings.decode_tps(usage):.1f} tok/s, "
+        f"ended by {event.reason}]"
+    )

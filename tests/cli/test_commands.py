@@ -1,0 +1,246 @@
+"""The command line as a person types it: real processes, real exit codes, no traceback."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..tiny_models import OPEN_LLAMA, write_model
+
+GRYPHON = str(Path(sys.executable).with_name("gryphon"))
+
+
+def gryphon(*words: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [GRYPHON, *words],
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def tiny(home: Path) -> Path:
+    """The tiny model, installed as "tiny" in this test's home."""
+    return write_model(home / "data" / "models" / "tiny", OPEN_LLAMA)
+
+
+def test_run_streams_text_and_nothing_else_to_standard_output(tiny: Path) -> None:
+    words = ["run", "--temperature", "0", "--max-tokens", "5", "--seed", "1", "Hello"]
+    done = gryphon(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\n") and len(done.stdout) > 1
+    assert gryphon(*words).stdout == done.stdout
+
+
+def test_run_reads_standard_input_before_the_prompt(tiny: Path) -> None:
+    words = ["run", "--raw", "--temperature", "0", "--max-tokens", "3", "--json"]
+
+    def prompt_tokens(done: subprocess.CompletedProcess[str]) -> int:
+        assert done.returncode == 0, done.stderr
+        events = [json.loads(line) for line in done.stdout.splitlines()]
+        return next(e["prompt_tokens"] for e in events if e["type"] == "accepted")
+
+    assert prompt_tokens(gryphon(*words, "abc")) == 3
+    assert prompt_tokens(gryphon(*words, stdin="defgh")) == 5
+    assert prompt_tokens(gryphon(*words, "abc", stdin="defgh")) == 5 + 2 + 3
+
+
+def test_run_json_is_one_event_a_line_with_one_end(tiny: Path) -> None:
+    done = gryphon("run", "--json", "--max-tokens", "4", "Hi")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    kinds = [event["type"] for event in events]
+    assert kinds[-1] == "finished" and kinds.count("finished") == 1
+    assert events[-1]["reason"] == "length" and kinds.count("token") == 4
+
+
+def test_stats_go_to_standard_error(tiny: Path) -> None:
+    done = gryphon("run", "--stats", "--max-tokens", "4", "Hi")
+    assert "tok/s" in done.stderr and "tok/s" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "status", "said"),
+    [
+        (["run"], "", 2, "There is no prompt"),
+        (["run", "   "], None, 2, "There is no prompt"),
+        (["run", "-m", "nope", "Hi"], None, 1, "nope"),
+        (["run", "-m", "./nowhere", "Hi"], None, 1, "nowhere"),
+        (["run", "-m", "/etc", "Hi"], None, 1, "config.json"),
+        (["run", "-m", "/etc/hostname", "Hi"], None, 1, "not a"),
+        (["run", "--temperature", "5", "Hi"], None, 1, "temperature must be 0 to 2, got 5"),
+        (["run", "--max-tokens", "0", "Hi"], None, 1, "max_tokens"),
+        (["run", "--top-p", "2", "Hi"], None, 1, "top_p"),
+        (["run", "--raw", "--system", "x", "Hi"], None, 2, "--raw"),
+        (["run", "--temperature", "warm", "Hi"], None, 2, "--temperature"),
+        (["frobnicate"], None, 2, "frobnicate"),
+        (["pull", "google/gemma-2b"], None, 1, "gryphon list"),
+        (["show", "nope"], None, 1, "nope"),
+        (["run", "-m", "tiny", "x" * 2000], None, 1, "room for 512"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_clear_sentence(
+    tiny: Path, words: list[str], stdin: str | None, status: int, said: str
+) -> None:
+    done = gryphon(*words, stdin=stdin)
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert done.stdout == ""
+
+
+def test_json_errors_are_json(tiny: Path) -> None:
+    done = gryphon("run", "--json", "-m", "nope", "Hi")
+    failed = json.loads(done.stdout)
+    assert (done.returncode, failed["type"], failed["code"]) == (1, "failed", "model_not_found")
+
+
+def _truncate(path: Path) -> None:
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[:-100])
+
+
+def _change_config(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_truncate, "model.safetensors"),
+        (lambda path: (path / "model.safetensors").write_bytes(b""), "model.safetensors"),
+        (lambda path: (path / "config.json").write_text("{"), "config.json"),
+        (lambda path: _change_config(path, model_type="frobnicator"), "frobnicator"),
+        (lambda path: _change_config(path, num_hidden_layers=3), "layers.2"),
+        (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json"),
+        (lambda path: (path / "tokenizer.json").write_text("[]"), "tokenizer.json"),
+    ],
+    ids=["truncated", "empty", "bad config", "unknown family", "missing weights", "no tokenizer",
+         "bad tokenizer"],
+)  # fmt: skip
+def test_a_damaged_model_is_named_with_what_is_wrong(tiny: Path, damage: object, said: str) -> None:
+    damage(tiny)  # type: ignore[operator]
+    done = gryphon("run", "-m", str(tiny), "Hi")
+    assert done.returncode == 1 and done.stdout == ""
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_home_that_cannot_be_used_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRYPHON_HOME", str(tmp_path / "file"))
+    for words in (["list"], ["run", "Hi"], ["show"]):
+        done = gryphon(*words)
+        assert done.returncode == 1
+        assert "GRYPHON_HOME" in done.stderr and "file" in done.stderr
+
+
+def test_ctrl_c_stops_cleanly(tiny: Path) -> None:
+    process = subprocess.Popen(
+        [GRYPHON, "run", "--max-tokens", "400", "Hi"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)  # the answer has begun
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+
+
+def test_a_reader_that_leaves_early_is_no_error(tiny: Path) -> None:
+    command = f"'{GRYPHON}' run --max-tokens 300 Hi | head -c 1; echo \"${{PIPESTATUS[0]}}\""
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60)
+    assert done.stdout.endswith(b"0\n") and done.stderr == b""
+
+
+def test_list_show_and_ps(tiny: Path) -> None:
+    assert "tiny" in gryphon("list").stdout and "open-llama" in gryphon("list").stdout
+    (listed,) = json.loads(gryphon("list", "--json").stdout)
+    assert (listed["name"], listed["context_length"]) == ("tiny", 512)
+    shown = json.loads(gryphon("show", "tiny", "--json").stdout)
+    assert shown["layers"] == 2 and shown["has_chat_template"] is True
+    assert "chat template" in gryphon("show").stdout
+    assert "No engine" in gryphon("ps").stdout
+    assert json.loads(gryphon("ps", "--json").stdout) is None
+
+
+def test_ps_shows_the_engine_of_another_gryphon(tiny: Path) -> None:
+    process = subprocess.Popen(
+        [GRYPHON, "run", "--max-tokens", "480", "Hi"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    try:
+        process.stdout.read(1)
+        status = json.loads(gryphon("ps", "--json").stdout)
+        assert status is None or status["model"]["name"] == "tiny"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_doctor_names_what_would_be_used(tiny: Path) -> None:
+    report = json.loads(gryphon("doctor", "--json").stdout)
+    assert report["models"]["default"] == "tiny"
+    assert report["compute"]["device"] in ("CPU", "Apple GPU")
+    assert report["problems"] == {}
+    assert set(report["packages"]) == {"app", "mlxmodels", "metal"}
+    text = gryphon("doctor")
+    assert text.returncode == 0 and "GFLOP/s" in text.stdout
+
+
+def test_help_does_not_wait_for_anything_heavy() -> None:
+    """What makes a command slow to start is what it imports."""
+    heavy = "mlx textual fastapi uvicorn huggingface_hub numpy transformers msgspec asyncio"
+    code = (
+        "import sys, contextlib, io\n"
+        "from app.cli import main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "    main(['--help'])\n"
+        f"print([name for name in {heavy!r}.split() if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+_PARENT_ROOMS = ["cli.run", "cli.models", "cli.report", "cli.faces", "server.serving", "tui"]
+
+
+@pytest.mark.parametrize("module", [f"app.{name}" for name in _PARENT_ROOMS])
+def test_the_parent_process_never_imports_mlx(module: str) -> None:
+    code = (
+        f"import sys, {module}\n"
+        "print([name for name in ('mlx', 'mlx.core', 'mlx_lm', 'transformers', 'torch')"
+        " if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_two_runs_at_once_both_answer_and_share_the_engine(tiny: Path, home: Path) -> None:
+    """The one that started the engine ends first; the other is not disturbed."""
+    words = [GRYPHON, "run", "--temperature", "0", "--json", "Hi", "--max-tokens"]
+    both = [
+        subprocess.Popen([*words, count], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        for count in ("50", "300")
+    ]
+    for process, count in zip(both, (50, 300), strict=True):
+        output, _ = process.communicate(timeout=60)
+        events = [json.loads(line) for line in output.splitlines()]
+        assert events[-1]["usage"]["completion_tokens"] == count
+    assert (home / "state" / "engine.log").read_text() == ""
