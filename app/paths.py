@@ -7,6 +7,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 import platformdirs
 
@@ -45,6 +46,11 @@ def _directory(kind: str) -> Path:
         return _private(home / kind)
     dirs = platformdirs.PlatformDirs("gryphon", appauthor=False)
     return _private(Path({"data": dirs.user_data_dir, "cache": dirs.user_cache_dir}[kind]))
+
+
+def open_private(path: Path) -> BinaryIO:
+    """Open a file for appending; it is created 0600."""
+    return os.fdopen(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab")
 
 
 def data_dir() -> Path:

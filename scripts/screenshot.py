@@ -19,8 +19,8 @@ from app.library.installed import find_model
 from app.tui.app import ChatApp
 
 DOCS = Path(__file__).parent.parent / "docs"
-ENOUGH = 400
-QUESTION = "Explain what a *gryphon* is, with a short list of its features."
+ENOUGH = 420
+QUESTION = "Give me three short tips for sleeping well."
 
 
 async def take(path: Path, size: tuple[int, int], model_name: str | None) -> None:
@@ -33,9 +33,12 @@ async def take(path: Path, size: tuple[int, int], model_name: str | None) -> Non
         )
         async with app.run_test(size=size) as pilot:
             await pilot.press(*QUESTION, "enter")
-            while app.session.answering is None or len(app.session.answering.text) < ENOUGH:
+            while not (answer := app.session.answering) or not (
+                answer.ended.is_set() or len(answer.text) > ENOUGH
+            ):
                 await pilot.pause(0.1)
             picture = app.export_screenshot(title="Gryphon")
+            await pilot.press("ctrl+q")
     # Textual's picture asks a font server for its font; ours asks nobody for anything.
     path.write_text(re.sub(r"@font-face\s*{.*?}", "", picture, flags=re.DOTALL))
 

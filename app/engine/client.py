@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import app
@@ -70,7 +69,7 @@ class EngineProcess:
     @classmethod
     def try_own(cls) -> EngineProcess | None:
         """Take the instance lock, or return None while another gryphon holds it."""
-        lock = _open_private(paths.engine_lock())
+        lock = paths.open_private(paths.engine_lock())
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -88,7 +87,7 @@ class EngineProcess:
         socket_path = paths.engine_socket()
         socket_path.unlink(missing_ok=True)
         read_fd, self._alive_fd = os.pipe()
-        log = _open_private(paths.engine_log())
+        log = paths.open_private(paths.engine_log())
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "app.engine.worker"]
@@ -136,11 +135,6 @@ class EngineProcess:
         if self._alive_fd >= 0:
             os.close(self._alive_fd)
             self._alive_fd = -1
-
-
-def _open_private(path: Path) -> BinaryIO:
-    """Open for appending; created 0600."""
-    return os.fdopen(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab")
 
 
 class EngineClient:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual.app import App, SystemCommand
+from textual.css.query import NoMatches
 from textual.screen import Screen
+from textual.widget import MountError
+from textual.worker import WorkerFailed
 
 from app import paths
 from app.history.store import History
 from app.library.installed import InstalledModel
+from app.tui.background import in_daemon_thread
 from app.tui.ports import EngineFactory, ModelOffer, Server
 from app.tui.screens.chat import ChatScreen
 from app.tui.session import Session
@@ -38,6 +44,8 @@ class ChatApp(App[None]):
     ) -> None:
         super().__init__()
         self.session = Session(history, model, engine_factory)
+        self._server = server
+        self._is_leaving = False
         self.chat_screen = ChatScreen(self.session, offer=offer, server=server)
 
     def get_default_screen(self) -> Screen[None]:
@@ -49,7 +57,32 @@ class ChatApp(App[None]):
         yield SystemCommand("Retry", "Ask the last question again (Ctrl+R)", chat.action_retry)
         yield from super().get_system_commands(screen)
 
+    def exit(self, *arguments: Any, **options: Any) -> None:
+        self._is_leaving = True
+        super().exit(*arguments, **options)
+
+    def _handle_exception(self, error: Exception) -> None:
+        """A fault of ours ends the chat with one sentence; the traceback goes to a file."""
+        cause = error.error if isinstance(error, WorkerFailed) else error
+        if self._is_leaving and isinstance(cause, (NoMatches, MountError)):
+            return  # a painter or a handler found its widgets taken away
+        if self.is_headless:
+            super()._handle_exception(error)  # tests want the exception itself
+            return
+        log = paths.state_dir() / "tui.log"
+        with paths.open_private(log) as file:
+            lines = traceback.format_exception(error)
+            file.write("".join([time.strftime("%F %T "), *lines]).encode())
+        self.exit(
+            return_code=1,
+            message=f"gryphon: the chat stopped on a fault of its own ({type(cause).__name__}). "
+            f"What you wrote and what came is saved; {log} says more.",
+        )
+
     async def on_unmount(self) -> None:
+        # The endpoint goes first: as long as it is attached, the engine would stay for it.
+        if self._server is not None:
+            await in_daemon_thread(self._server.stop)
         await self.session.close()
 
 
@@ -91,8 +124,6 @@ def run_chat(
         asyncio.run(_until_quit(app))
         return app.return_code or 0
     finally:
-        if server is not None:
-            server.stop()
         history.close()
 
 

@@ -53,6 +53,21 @@ async def test_quitting_in_the_middle_of_an_answer_saves_what_came(chatting: Cha
     assert chat.engine.cancelled == [chat.engine.requests[0].id]
 
 
+async def test_quitting_while_words_pour_in_ends_quietly(chatting: Chat) -> None:
+    """The painter must be gone before the widgets are; a traceback fails the test."""
+    flowing = asyncio.Event()
+    flowing.set()  # waited for between two words: lets everything else run in between
+    words = [piece for n in range(5000) for piece in (f"word{n} ", flowing)]
+    async with chatting([words]) as chat:
+        await chat.until(lambda: chat.has_begun, "begun")
+        chat.prompt.post_message(Prompt.Submitted(chat.prompt, "Go"))
+        while len(chat.saved()) < 2:
+            await asyncio.sleep(0)
+        chat.app.exit()
+    (_, answer) = chat.saved()
+    assert answer[2] == "cancelled"
+
+
 async def test_an_answer_cut_off_by_kill_9_is_shown_as_interrupted(
     chatting: Chat, history_path: Path
 ) -> None:
