@@ -9,9 +9,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import psutil
-from mlxmodels.safetensors_header import read_header
 
 from app.errors import GryphonError
+from mlxmodels.safetensors_header import read_header
 
 # Left to the rest of the machine, on top of what the model needs.
 _RESERVE_BYTES = 768 * 1024**2

@@ -124,22 +124,23 @@ class _Prompts:
         self._path: str | None = None
 
     def tokens(self, prompt: Prompt) -> list[int]:
+        from app.engine.template import ChatTemplate, PromptEncoder
         from mlxmodels.tokenizer import Tokenizer, read_chat_template
 
-        from app.engine.template import ChatTemplate, PromptEncoder
-
+        directory = Path(prompt.model_path)
         if prompt.model_path != self._path:
-            directory = Path(prompt.model_path)
-            tokenizer = Tokenizer.from_directory(directory)
-            self._encoder = PromptEncoder(tokenizer)
-            self._template = ChatTemplate(
-                read_chat_template(directory), tokenizer.bos_token, tokenizer.eos_token
-            )
+            self._tokenizer = Tokenizer.from_directory(directory)
+            self._encoder = PromptEncoder(self._tokenizer)
+            self._template: ChatTemplate | None = None
             self._path = prompt.model_path
-        if prompt.messages is not None:
-            return self._encoder.encode(self._template.render(prompt.messages))
-        assert prompt.text is not None
-        return self._encoder.encode(prompt.text)
+        if prompt.messages is None:
+            assert prompt.text is not None
+            return self._encoder.encode(prompt.text)
+        if self._template is None:  # only now: a broken one must not spoil plain completions
+            source = read_chat_template(directory)
+            names = self._tokenizer.bos_token, self._tokenizer.eos_token
+            self._template = ChatTemplate(source, *names)
+        return self._encoder.encode(self._template.render(prompt.messages))
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO, time_limit_s: float) -> None:

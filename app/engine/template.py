@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.sandbox
-from mlxmodels.tokenizer import Tokenizer
 
 from app.engine.protocol import Message
 from app.errors import GryphonError
+from mlxmodels.tokenizer import Tokenizer
 
 
 def _raise_exception(message: str) -> NoReturn:
