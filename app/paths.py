@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
-import tempfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import platformdirs
 
@@ -19,11 +19,13 @@ _MAX_SOCKET_PATH = 103
 
 
 def _private(path: Path) -> Path:
-    """Create `path` and its missing parents, 0700, and return it."""
+    """Create `path` and its missing parents, 0700, and return it. What exists is left as it is."""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            path.chmod(0o700)
+        missing = [one for one in (path, *path.parents) if not one.exists()]
+        for directory in reversed(missing):
+            directory.mkdir(mode=0o700, exist_ok=True)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
     except OSError as error:
         raise GryphonError(
             "no_write_permission",
@@ -39,13 +41,23 @@ def _private(path: Path) -> Path:
     return path
 
 
-def _directory(kind: str) -> Path:
+def _directory(kind: Literal["data", "cache", "state"]) -> Path:
     home = Settings.from_environment().home
     if home is not None:
-        _private(home)
         return _private(home / kind)
     dirs = platformdirs.PlatformDirs("gryphon", appauthor=False)
-    return _private(Path({"data": dirs.user_data_dir, "cache": dirs.user_cache_dir}[kind]))
+    try:
+        places = {
+            "data": dirs.user_data_path,
+            "cache": dirs.user_cache_path,
+            # macOS keeps data and state in one place.
+            "state": dirs.user_state_path / "state",
+        }
+    except RuntimeError as error:
+        raise GryphonError(
+            "no_home", f"Your home directory is unknown ({error}). Set HOME or GRYPHON_HOME."
+        ) from error
+    return _private(places[kind])
 
 
 def open_private(path: Path) -> BinaryIO:
@@ -65,12 +77,7 @@ def cache_dir() -> Path:
 
 def state_dir() -> Path:
     """Instance lock, engine socket, logs."""
-    home = Settings.from_environment().home
-    if home is not None:
-        _private(home)
-        return _private(home / "state")
-    dirs = platformdirs.PlatformDirs("gryphon", appauthor=False)
-    return _private(Path(dirs.user_state_dir) / "state")
+    return _directory("state")
 
 
 def models_dir() -> Path:
@@ -103,7 +110,7 @@ def engine_socket() -> Path:
     if len(os.fsencode(path)) <= _MAX_SOCKET_PATH:
         return path
     name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    short = Path(tempfile.gettempdir()) / f"gryphon-{os.getuid()}-{name}"
+    short = Path("/tmp") / f"gryphon-{os.getuid()}-{name}"  # not TMPDIR, which may be long itself
     try:
         short.mkdir(mode=0o700)
     except FileExistsError:

@@ -36,14 +36,22 @@ class Settings:
             GryphonError: "invalid_setting", naming the variable.
         """
         env = os.environ
-        home = env.get("GRYPHON_HOME")
+        home = _path("GRYPHON_HOME")
         return cls(
-            home=Path(home).expanduser().absolute() if home else None,
+            home=home,
             api_key=env.get("GRYPHON_API_KEY") or None,
             blas=env.get("GRYPHON_BLAS", "auto"),
             prompt_time_limit_s=_seconds("GRYPHON_PROMPT_TIME_LIMIT", cls.prompt_time_limit_s),
             engine_log_level=env.get("GRYPHON_LOG", "warning"),
         )
+
+
+def _path(name: str) -> Path | None:
+    text = os.environ.get(name, "")
+    try:
+        return Path(text).expanduser().absolute() if text else None
+    except RuntimeError as error:
+        raise GryphonError("invalid_setting", f"{name}={text}: {error}") from error
 
 
 def _seconds(name: str, default: float) -> float:
@@ -52,9 +60,9 @@ def _seconds(name: str, default: float) -> float:
         value = float(text) if text else default
     except ValueError:
         value = -1.0
-    if not 0 < value < float("inf"):
+    if not 0 < value <= 86400:
         raise GryphonError(
-            "invalid_setting", f"{name} must be a number of seconds above 0, got {text!r}."
+            "invalid_setting", f"{name} must be a number of seconds, up to a day, got {text!r}."
         )
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import os
 import sys
@@ -129,15 +130,31 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. No traceback reaches a person."""
+    _open_missing_streams()
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        status = EXIT_OK  # the reader (head, less) has had enough
+    except OSError as error:
+        print(f"gryphon: {error.strerror or error}: {error.filename or 'output'}", file=sys.stderr)
+        status = EXIT_FAILED
+    # What is still buffered must not fail again at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
+def _run(words: list[str]) -> int:
     parser = build_parser()
-    words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(words)
     if arguments.command is None:
-        arguments = parser.parse_args(["chat", *words])
+        arguments = parser.parse_args(["chat"])
     module, function = _COMMANDS[arguments.command].split(":")
     try:
         status: int = getattr(importlib.import_module(module), function)(arguments)
-        sys.stdout.flush()
         return status
     except GryphonError as error:
         if getattr(arguments, "json", False):
@@ -145,9 +162,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"gryphon: {error.message}", file=sys.stderr)
         return EXIT_USAGE if error.code == "usage" else EXIT_FAILED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, less) has had enough. What is still buffered must not fail at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+
+
+def _open_missing_streams() -> None:
+    """A closed standard stream reads and writes nothing; a terminal's encoding never fails."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as we are)
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

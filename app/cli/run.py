@@ -47,6 +47,8 @@ def _read_prompt(argument: str | None) -> str:
         except UnicodeDecodeError as error:
             raise GryphonError("usage", f"Standard input is not UTF-8 text ({error}).") from error
     parts = [part for part in (piped, argument) if part]
+    if any("\udc80" <= character <= "\udcff" for part in parts for character in part):
+        raise GryphonError("usage", "The prompt is not UTF-8 text.")
     if not "".join(parts).strip():
         raise GryphonError(
             "usage", 'There is no prompt. Give one: gryphon run "Why is the sky blue?"'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import itertools
 import os
@@ -11,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
+
+import msgspec
 
 import app
 from app import paths
@@ -27,6 +28,8 @@ from app.engine.protocol import (
     GetStatus,
     LoadModel,
     ModelRef,
+    Timings,
+    Usage,
     Welcome,
     encode_frame,
     read_event,
@@ -35,20 +38,12 @@ from app.errors import GryphonError
 from app.settings import child_environment
 
 _START_TIMEOUT_S = 30.0
+# What the engine answers without computing takes it milliseconds.
+_ANSWER_TIMEOUT_S = 5.0
 _MAX_BACKOFF_S = 10.0
+_MAX_LOG_BYTES = 1_000_000
 # An engine that nobody else uses is gone in milliseconds.
 _END_TIMEOUT_S = 1.0
-
-
-class EngineLike(Protocol):
-    """What a face needs of an engine: `EngineClient`, or a scripted one in tests."""
-
-    async def start(self) -> None: ...
-    async def close(self) -> None: ...
-    def stream(self, request: GenerationRequest) -> AsyncIterator[Event]: ...
-    async def cancel(self, request_id: str) -> None: ...
-    def load(self, model: ModelRef) -> AsyncIterator[Event]: ...
-    async def status(self) -> EngineStatus | None: ...
 
 
 class EngineProcess:
@@ -72,22 +67,30 @@ class EngineProcess:
         lock = paths.open_private(paths.engine_lock())
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.close()
             return None
         return cls(lock)
 
     @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+    def has_died(self) -> bool:
+        """Whether the child has ended, and `crashed` has not been told of it."""
+        return self._process is not None and self._process.poll() is not None
 
-    async def spawn(self) -> None:
-        """Start the child. After crashes in quick succession this waits, longer each time."""
-        await asyncio.sleep(max(0.0, self._not_before_s - time.monotonic()))
+    @property
+    def may_spawn(self) -> bool:
+        """After crashes in quick succession the next child has to wait, longer each time."""
+        return self._process is None and time.monotonic() >= self._not_before_s
+
+    def spawn(self) -> None:
+        """Start the child."""
         socket_path = paths.engine_socket()
         socket_path.unlink(missing_ok=True)
         read_fd, self._alive_fd = os.pipe()
-        log = paths.open_private(paths.engine_log())
+        log_path = paths.engine_log()
+        if log_path.exists() and log_path.stat().st_size > _MAX_LOG_BYTES:
+            log_path.rename(log_path.with_suffix(".log.old"))
+        log = paths.open_private(log_path)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "app.engine.worker"]
@@ -113,6 +116,7 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()  # it closed the connection and is of no use any more
             status = self._process.wait()
+        self._process = None
         stable = time.monotonic() - self._started_s > 60
         self._crashes = 1 if stable else self._crashes + 1
         # The first crash restarts at once: a person is waiting.
@@ -137,6 +141,18 @@ class EngineProcess:
             self._alive_fd = -1
 
 
+def _unresponsive() -> GryphonError:
+    return GryphonError(
+        "engine_unresponsive",
+        f"The engine process is there but has not answered for {_ANSWER_TIMEOUT_S:g} s. If it does "
+        "not recover, end it (`pkill -9 -f app.engine.worker`); the next request starts another.",
+    )
+
+
+def _cancelled(request_id: str) -> Finished:
+    return Finished(request_id, "cancelled", Usage(0, 0, 0), Timings(0.0, 0.0, 0.0))
+
+
 class EngineClient:
     """One connection to the engine of this machine, used from one event loop.
 
@@ -151,6 +167,8 @@ class EngineClient:
         self._listener: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
         self._streams: dict[str, asyncio.Queue[Event]] = {}
+        self._unsent: dict[str, asyncio.Future[None]] = {}
+        """Requests that wait for the engine to start, with that start."""
         self._ids = itertools.count(1)
         self._closed = False
 
@@ -158,20 +176,23 @@ class EngineClient:
         """Connect to the engine, spawning it when nobody has. Idempotent.
 
         Raises:
-            GryphonError: "engine_not_started", "engine_version", or what `app.paths` raises.
+            GryphonError: "engine_not_started", "engine_version", "engine_stopped" (closed
+                meanwhile), or what `app.paths` raises.
         """
         async with self._connecting:
             if self._writer is not None:
                 return
             deadline = time.monotonic() + _START_TIMEOUT_S
             while time.monotonic() < deadline:
+                if self._closed:
+                    raise GryphonError("engine_stopped", "Gryphon is closing.")
                 if self._owned is None:
                     self._owned = EngineProcess.try_own()
-                if self._owned is not None and not self._owned.running:
-                    await self._owned.spawn()
+                if self._owned is not None and self._owned.may_spawn:
+                    self._owned.spawn()
                 if await self._attach():
                     return
-                if self._owned is not None and not self._owned.running:
+                if self._owned is not None and self._owned.has_died:
                     how = self._owned.crashed()
                     raise GryphonError(
                         "engine_not_started",
@@ -190,11 +211,11 @@ class EngineClient:
     async def close(self) -> None:
         """Cancel what runs and disconnect; an engine that nobody else uses ends."""
         self._closed = True
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
+        async with self._connecting:
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                # Not a polite close: an engine that has been stopped would never read the rest.
+                writer.transport.abort()
         if self._listener is not None:
             await self._listener
         self._fail_streams("engine_stopped", "Gryphon is closing.")
@@ -202,27 +223,31 @@ class EngineClient:
             await asyncio.to_thread(self._owned.end)
             self._owned = None
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    def stream(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """Events of one request: Accepted, Progress*, Token*, then exactly one Finished or Failed.
 
         Never raises for engine faults (they arrive as `Failed`). Closing the iterator early
         (`aclose`, or the consuming task being cancelled) cancels the request in the engine.
         """
-        async for event in self._run(request):
-            yield event
+        return self._run(request)
 
     async def cancel(self, request_id: str) -> None:
         """Ask for an early end; the stream then finishes with reason "cancelled"."""
-        if request_id in self._streams:
+        if request_id in self._unsent:
+            self._unsent[request_id].cancel()
+        elif request_id in self._streams:
             self._send(Cancel(request_id))
 
-    async def load(self, model: ModelRef) -> AsyncIterator[Event]:
+    def load(self, model: ModelRef) -> AsyncIterator[Event]:
         """Make a model resident: Progress*, then Finished or Failed."""
-        async for event in self._run(LoadModel(f"load-{next(self._ids)}", model)):
-            yield event
+        return self._run(LoadModel(f"load-{next(self._ids)}", model))
 
     async def status(self) -> EngineStatus | None:
-        """Current status, or None when no engine runs (it is not started for this)."""
+        """Current status, or None when no engine runs (it is not started for this).
+
+        Raises:
+            GryphonError: "engine_version", or "engine_unresponsive".
+        """
         async with self._connecting:
             if self._writer is None and not await self._attach():
                 return None
@@ -230,20 +255,27 @@ class EngineClient:
         events = self._streams[request_id] = asyncio.Queue()
         try:
             self._send(GetStatus(request_id))
-            event = await events.get()
+            event = await asyncio.wait_for(events.get(), timeout=_ANSWER_TIMEOUT_S)
+        except TimeoutError:
+            raise _unresponsive() from None
         finally:
             del self._streams[request_id]
         return event if isinstance(event, EngineStatus) else None
 
     async def _run(self, command: GenerationRequest | LoadModel) -> AsyncIterator[Event]:
-        events: asyncio.Queue[Event] = asyncio.Queue()
+        if command.id in self._streams or command.id in self._unsent:
+            message = f"A request with id {command.id!r} is running already."
+            yield Failed(command.id, "invalid_request", message)
+            return
         try:
             frame = encode_frame(command)
-            await self.start()
+            if await self._started(command.id):
+                yield _cancelled(command.id)
+                return
         except GryphonError as error:
             yield Failed(command.id, error.code, error.message, error.retry_after)
             return
-        self._streams[command.id] = events
+        events = self._streams[command.id] = asyncio.Queue()
         ended = False
         try:
             self._write(frame)
@@ -256,6 +288,19 @@ class EngineClient:
             if not ended:
                 self._send(Cancel(command.id))
 
+    async def _started(self, request_id: str) -> bool:
+        """Start the engine for a request; True when the request was cancelled meanwhile."""
+        starting = self._unsent[request_id] = asyncio.ensure_future(self.start())
+        try:
+            await asyncio.wait({starting})
+        finally:
+            del self._unsent[request_id]
+            starting.cancel()
+        if starting.cancelled():
+            return True
+        starting.result()
+        return False
+
     def _send(self, command: Command) -> None:
         self._write(encode_frame(command))
 
@@ -265,16 +310,23 @@ class EngineClient:
             self._writer.write(frame)
 
     async def _attach(self) -> bool:
-        """Connect to a listening engine; False when none listens."""
+        """Connect to a listening engine; False when none listens.
+
+        Raises:
+            GryphonError: "engine_version", or "engine_unresponsive".
+        """
         try:
             reader, writer = await asyncio.open_unix_connection(paths.engine_socket())
         except (FileNotFoundError, ConnectionRefusedError):
             return False
         try:
-            welcome = await asyncio.wait_for(read_event(reader), timeout=_START_TIMEOUT_S)
-        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
+            welcome = await asyncio.wait_for(read_event(reader), timeout=_ANSWER_TIMEOUT_S)
+        except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
             return False
+        except TimeoutError:
+            writer.close()
+            raise _unresponsive() from None
         assert isinstance(welcome, Welcome)
         if welcome.protocol != PROTOCOL_VERSION:
             writer.close()
@@ -294,7 +346,7 @@ class EngineClient:
                 event = await read_event(reader)
                 if not isinstance(event, Welcome) and event.id in self._streams:
                     self._streams[event.id].put_nowait(event)
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
             pass
         if self._closed:
             return

@@ -24,7 +24,7 @@ from app.engine.protocol import Message
 from app.errors import GryphonError
 from app.settings import child_environment
 
-# A template can multiply strings; beyond this the process fails alone. macOS ignores this limit.
+# A template can multiply strings; beyond this the process fails alone.
 _ADDRESS_SPACE_BYTES = 8 * 1024**3
 
 
@@ -167,9 +167,10 @@ def _serve(requests: BinaryIO, answers: BinaryIO, time_limit_s: float) -> None:
 def main() -> None:
     """Entry point of the preparation process."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard == resource.RLIM_INFINITY or hard > _ADDRESS_SPACE_BYTES:
-        resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE_BYTES, hard))
+    if sys.platform == "linux":  # macOS maps more than this before we begin, and then refuses it
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        if hard == resource.RLIM_INFINITY or hard > _ADDRESS_SPACE_BYTES:
+            resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE_BYTES, hard))
     _serve(sys.stdin.buffer, sys.stdout.buffer, float(sys.argv[1]))
 
 

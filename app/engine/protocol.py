@@ -83,6 +83,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
 
 
 MAX_STOP_STRINGS = 16
+_MAX_INT32 = 2**31 - 1
 MAX_TOP_LOGPROBS = 20
 
 
@@ -102,9 +103,10 @@ def check_request(request: GenerationRequest) -> None:
         raise GryphonError("invalid_request", "messages is empty: give at least one message.")
     if request.prompt_tokens is not None and not request.prompt_tokens:
         raise GryphonError("invalid_request", "prompt_tokens is empty: give at least one token.")
-    if request.max_tokens is not None and request.max_tokens < 1:
+    if request.max_tokens is not None and not 1 <= request.max_tokens <= _MAX_INT32:
         raise GryphonError(
-            "invalid_request", f"max_tokens must be at least 1, got {request.max_tokens}."
+            "invalid_request",
+            f"max_tokens must be 1 to {_MAX_INT32}, got {request.max_tokens}.",
         )
     if len(request.stop) > MAX_STOP_STRINGS:
         raise GryphonError(
@@ -131,9 +133,13 @@ def check_sampling(sampling: Sampling) -> None:
         value = getattr(sampling, name)
         if value is not None and not 0.0 <= value <= high:  # NaN fails too
             raise GryphonError("invalid_sampling", f"{name} must be 0 to {high:g}, got {value:g}.")
-    if sampling.top_k is not None and sampling.top_k < 0:
+    if sampling.top_k is not None and not 0 <= sampling.top_k <= _MAX_INT32:
         raise GryphonError(
-            "invalid_sampling", f"top_k must be 0 (off) or more, got {sampling.top_k}."
+            "invalid_sampling", f"top_k must be 0 (off) to {_MAX_INT32}, got {sampling.top_k}."
+        )
+    if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**63:
+        raise GryphonError(
+            "invalid_sampling", f"seed must be a 64-bit whole number, got {sampling.seed}."
         )
 
 
@@ -226,7 +232,8 @@ class Timings(msgspec.Struct, frozen=True):
 
     def decode_tps(self, usage: Usage) -> float:
         """Decoded tokens per second; the first token comes out of prefill."""
-        return (usage.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+        tokens = max(0, usage.completion_tokens - 1)
+        return tokens / self.decode_s if self.decode_s > 0 else 0.0
 
     def prefill_tps(self, usage: Usage) -> float:
         """Prompt tokens per second."""
@@ -286,9 +293,14 @@ def encode_frame(message: Command | Event) -> bytes:
     """One frame, ready to write.
 
     Raises:
-        GryphonError: "request_too_large", over `MAX_FRAME_BYTES`.
+        GryphonError: "request_too_large", over `MAX_FRAME_BYTES`, or "invalid_text".
     """
-    body = _encoder.encode(message)
+    try:
+        body = _encoder.encode(message)
+    except UnicodeEncodeError as error:
+        raise GryphonError(
+            "invalid_text", "The text is not valid Unicode: it holds bytes that are not UTF-8."
+        ) from error
     if len(body) > MAX_FRAME_BYTES:
         raise GryphonError(
             "request_too_large",

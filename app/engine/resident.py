@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
@@ -35,6 +36,11 @@ class ResidentModel:
     recommended: Sampling
     note: str
 
+    @functools.cached_property
+    def can_batch(self) -> bool:
+        """Whether its layer states can be merged; a few of mlx-lm's cannot."""
+        return all(hasattr(cache, "merge") for cache in self.loaded.make_cache())
+
     @property
     def vocab_size(self) -> int:
         return int(self.loaded.config.get("vocab_size") or self.loaded.tokenizer.vocab_size)
@@ -54,6 +60,7 @@ def load_resident(ref: ModelRef, progress: Callable[[int, int], None]) -> Reside
         plan = plan_load(Path(ref.path))
         progress(0, plan.file_bytes)
         loaded = mlxmodels.load(ref.path, dtype=plan.dtype)
+        recommended = recommended_sampling(_generation_config(Path(ref.path)))
         progress(plan.file_bytes, plan.file_bytes)
     except GryphonError:
         raise
@@ -66,7 +73,6 @@ def load_resident(ref: ModelRef, progress: Callable[[int, int], None]) -> Reside
             f"{ref.name} cannot be loaded ({type(error).__name__}: {error}). If its files are "
             "complete, this build of it is not supported.",
         ) from error
-    recommended = recommended_sampling(_generation_config(Path(ref.path)))
     return ResidentModel(ref, loaded, recommended, plan.note)
 
 

@@ -67,8 +67,8 @@ def recommended_sampling(generation_config: Mapping[str, Any]) -> Sampling:
     """
     known: dict[str, Any] = {}
     for name in ("temperature", "top_p", "top_k", "min_p"):
-        value = generation_config.get(name)
-        if isinstance(value, (int, float)) and type(value) is not bool:
+        value: Any = generation_config.get(name)
+        if type(value) in (int, float) and 0 <= value < 2**31:
             candidate: dict[str, Any] = {name: int(value) if name == "top_k" else float(value)}
             with contextlib.suppress(GryphonError):
                 check_sampling(Sampling(**candidate))
@@ -84,6 +84,7 @@ class BatchSampling:
         temperature, top_p, min_p: [B, 1] float32; temperature is 1 where a row is greedy.
         top_k: [B, 1] int32; larger than any vocabulary where off.
         greedy: [B] bool.
+        filtered: [B, 1] bool, rows that top_k, top_p or min_p apply to.
     """
 
     temperature: mx.array
@@ -91,6 +92,7 @@ class BatchSampling:
     top_k: mx.array
     min_p: mx.array
     greedy: mx.array
+    filtered: mx.array
     all_greedy: bool
     any_filter: bool
 
@@ -105,6 +107,7 @@ class BatchSampling:
             top_k=column([row.top_k or 2**31 - 1 for row in rows], mx.int32),
             min_p=column([row.min_p for row in rows]),
             greedy=mx.array([row.is_greedy for row in rows]),
+            filtered=mx.array([row.has_filter for row in rows])[:, None],
             all_greedy=all(row.is_greedy for row in rows),
             any_filter=any(row.has_filter for row in rows),
         )
@@ -125,29 +128,28 @@ def sample(logits: mx.array, settings: BatchSampling, uniforms: list[float]) -> 
     if settings.all_greedy:
         return best
     probs = mx.softmax(logits.astype(mx.float32) / settings.temperature, axis=-1)
-    order = None
     if settings.any_filter:
-        order = mx.argsort(-probs, axis=-1)
-        probs = _filtered(mx.take_along_axis(probs, order, axis=-1), settings)
+        probs = mx.where(settings.filtered, _filter(probs, settings), probs)
+    # In the order of the vocabulary, so that what a row draws does not depend on its neighbours.
     cumulative = mx.cumsum(probs, axis=-1)
     threshold = mx.array(uniforms, dtype=mx.float32)[:, None] * cumulative[:, -1:]
-    index = (cumulative <= threshold).sum(axis=-1, keepdims=True)
-    index = mx.minimum(index, logits.shape[-1] - 1)
-    if order is not None:
-        index = mx.take_along_axis(order, index, axis=-1)
-    return mx.where(settings.greedy, best, index[:, 0].astype(mx.int32))
+    index = (cumulative <= threshold).sum(axis=-1)
+    index = mx.minimum(index, logits.shape[-1] - 1).astype(mx.int32)
+    return mx.where(settings.greedy, best, index)
 
 
-def _filtered(probs: mx.array, settings: BatchSampling) -> mx.array:
-    """Zero what top_k, top_p and min_p drop; `probs` [B, V] is sorted, largest first."""
+def _filter(probs: mx.array, settings: BatchSampling) -> mx.array:
+    """Probabilities [B, V] with what top_k, top_p and min_p drop set to zero; not normalized."""
+    order = mx.argsort(-probs, axis=-1)
+    ranked = mx.take_along_axis(probs, order, axis=-1)
     rank = mx.arange(probs.shape[-1])[None]
-    probs = mx.where(rank < settings.top_k, probs, 0.0)
-    probs = probs / probs.sum(axis=-1, keepdims=True)
+    ranked = mx.where(rank < settings.top_k, ranked, 0.0)
+    ranked = ranked / ranked.sum(axis=-1, keepdims=True)
     # A token stays while those before it have not reached top_p yet, so the first always stays.
-    before = mx.cumsum(probs, axis=-1, inclusive=False)
+    before = mx.cumsum(ranked, axis=-1, inclusive=False)
     keep = (before < settings.top_p) | (rank == 0)
-    keep = keep & (probs >= settings.min_p * probs[:, :1])
-    return mx.where(keep, probs, 0.0)
+    keep = keep & (ranked >= settings.min_p * ranked[:, :1])
+    return mx.put_along_axis(mx.zeros_like(probs), order, mx.where(keep, ranked, 0.0), axis=-1)
 
 
 def logprobs_of(logits: mx.array) -> mx.array:

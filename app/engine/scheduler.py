@@ -147,6 +147,7 @@ class Scheduler:
             if any(row.done for row in self._batch.rows):
                 # The batch's states may be half advanced: none of its rows can go on from them.
                 self._batch = Batch()
+            if self._in_flight is not None and any(row.done for row in self._in_flight.rows):
                 self._in_flight = None
 
     # Arrival and departure.
@@ -162,16 +163,18 @@ class Scheduler:
                 retry_after=1.0,
             )
             return
-        busy_with = self._queue[-1].request.model if self._queue else self._busy_model
+        others = [waiting.request.model for waiting in self._queue]
+        if self._resident is not None and self._holds_state:
+            others.append(self._resident.ref)
+        in_use = next((model for model in others if model != request.model), None)
         if (
             isinstance(request, GenerationRequest)
             and not request.wait_for_model
-            and busy_with not in (None, request.model)
+            and in_use is not None
         ):
-            assert busy_with is not None
             row.fail(
                 "model_busy",
-                f"{busy_with.name} is in use, so {request.model.name} cannot be loaded now. "
+                f"{in_use.name} is in use, so {request.model.name} cannot be loaded now. "
                 "Try again later, or let the request wait.",
                 retry_after=1.0,
             )
@@ -179,12 +182,6 @@ class Scheduler:
         if ahead := len(self._queue) + (self._prefilling is not None):
             row.emit(Progress(request.id, "queue", 0, ahead))
         self._queue.append(row)
-
-    @property
-    def _busy_model(self) -> ModelRef | None:
-        if self._resident is None or not self._holds_state:
-            return None
-        return self._resident.ref
 
     def _cancel(self, row: Row) -> None:
         if row.done:
@@ -211,7 +208,7 @@ class Scheduler:
         if isinstance(row.request, LoadModel):
             self._queue.popleft()
             row.finish("stop")
-        elif self._active < MAX_ROWS:
+        elif self._active < (MAX_ROWS if self._resident and self._resident.can_batch else 1):
             self._queue.popleft()
             self._guarded(lambda: self._begin(row), [row])
 

@@ -16,9 +16,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import app
 from app.engine import blas
@@ -86,7 +85,7 @@ class Connection:
                 elif isinstance(command, LoadModel):
                     self._submit(command, [])
                 else:
-                    self._start(command.id, self._prepare(command))
+                    self._start(command)
         except asyncio.IncompleteReadError:
             pass
         except (ConnectionError, ValueError) as error:
@@ -96,10 +95,15 @@ class Connection:
                 self._cancel(request_id)
             self._writer.close()
 
-    def _start(self, request_id: str, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks[request_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(request_id, None))
+    def _start(self, request: GenerationRequest) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.pop(request.id, None)
+            if task.cancelled():  # before the scheduler knew of it, perhaps before its first step
+                self._row(request, [], time.monotonic()).finish("cancelled")
+
+        task = asyncio.create_task(self._prepare(request))
+        self._tasks[request.id] = task
+        task.add_done_callback(ended)
 
     async def _prepare(self, request: GenerationRequest) -> None:
         started = time.monotonic()
@@ -112,10 +116,6 @@ class Connection:
                 tokens = await self._engine.preparer.prepare(prompt)
         except GryphonError as error:
             self.send(Failed(request.id, error.code, error.message, error.retry_after))
-        except asyncio.CancelledError:
-            # Cancelled before the scheduler knew it: the row ends without ever running.
-            row = self._row(request, [], started)
-            row.finish("cancelled")
         except Exception as error:
             logger.exception("preparing a request failed")
             self.send(Failed(request.id, "engine_error", f"The engine failed: {error}"))
@@ -141,10 +141,10 @@ class Connection:
         self._engine.scheduler.submit(row)
 
     def _cancel(self, request_id: str) -> None:
-        if request_id in self._tasks:
-            self._tasks[request_id].cancel()
-        elif request_id in self.rows:
+        if request_id in self.rows:
             self._engine.scheduler.cancel(self.rows[request_id])
+        elif request_id in self._tasks:
+            self._tasks[request_id].cancel()
 
 
 class Engine:
@@ -198,6 +198,15 @@ class Engine:
         )
 
 
+def _run(scheduler: Scheduler) -> None:
+    """The MLX thread. Without it nothing would ever be answered, so its end is the process's."""
+    try:
+        scheduler.run()
+    except BaseException:
+        logger.critical("the MLX thread failed", exc_info=True)
+    os._exit(1)
+
+
 def _outlive_nobody(alive_fd: int, engine: Engine) -> None:
     """Wait until the parent's end of the pipe closes and every client is gone; then end."""
     with contextlib.suppress(OSError):
@@ -215,7 +224,7 @@ async def _serve(socket_path: Path, alive_fd: int, backend: blas.Blas) -> None:
     scheduler = Scheduler()
     device = "Apple GPU" if mx.default_device() == mx.Device(mx.DeviceType.gpu) else "CPU"
     engine = Engine(backend, device, scheduler)
-    threading.Thread(target=scheduler.run, name="mlx", daemon=True).start()
+    threading.Thread(target=_run, args=[scheduler], name="mlx", daemon=True).start()
     threading.Thread(target=_outlive_nobody, args=[alive_fd, engine], daemon=True).start()
     old_mask = os.umask(0o177)  # the socket is 0600 from its first moment
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -167,6 +168,60 @@ def test_a_reader_that_leaves_early_is_no_error(tiny: Path) -> None:
     assert done.stdout.endswith(b"0\n") and done.stderr == b""
 
 
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        ("<&-", 0, ""),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("> /dev/full", 1, "No space left"),
+        ("--seed 99999999999999999999", 1, "seed must be a 64-bit whole number"),
+        ("-m \"$(printf 'a\\377')\"", 1, "No installed model"),
+        ("\"$(printf 'a\\377')\"", 2, "gryphon"),
+        ("--json -m nope | true", 0, ""),
+    ],
+)
+def test_odd_surroundings_never_end_in_a_traceback(
+    tiny: Path, redirection: str, status: int, said: str
+) -> None:
+    command = f"'{GRYPHON}' run --max-tokens 3 Hi {redirection}"
+    done = subprocess.run(
+        ["bash", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+    )
+    assert done.returncode == status, done.stderr
+    assert said.encode() in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(tiny: Path) -> None:
+    done = subprocess.run(
+        [GRYPHON, "run", b"caf\xe9"], stdin=subprocess.DEVNULL, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (2, b"gryphon: The prompt is not UTF-8 text.\n")
+    done = subprocess.run([GRYPHON, "run"], input=b"caf\xe9", capture_output=True)
+    assert done.returncode == 2 and b"not UTF-8" in done.stderr
+
+
+@pytest.mark.parametrize("home", ["~nosuchuser/x", "/proc/nowhere", "relative/" + "long" * 60])
+def test_odd_homes_work_or_say_why(home: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [GRYPHON, "doctor"],
+        env=os.environ | {"GRYPHON_HOME": home, "TMPDIR": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0 or home in done.stderr + done.stdout
+
+
+def test_an_existing_home_keeps_its_permissions(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    subprocess.run([GRYPHON, "list"], env=os.environ | {"GRYPHON_HOME": str(tmp_path)}, check=True)
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+    made = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert made and all(path.stat().st_mode & 0o777 == 0o700 for path in made)
+
+
 def test_list_show_and_ps(tiny: Path) -> None:
     assert "tiny" in gryphon("list").stdout and "open-llama" in gryphon("list").stdout
     (listed,) = json.loads(gryphon("list", "--json").stdout)
@@ -188,7 +243,8 @@ def test_ps_shows_the_engine_of_another_gryphon(tiny: Path) -> None:
     try:
         process.stdout.read(1)
         status = json.loads(gryphon("ps", "--json").stdout)
-        assert status is None or status["model"]["name"] == "tiny"
+        assert status is not None and status["model"]["name"] == "tiny"
+        assert status["running"] == 1
     finally:
         process.kill()
         process.communicate()

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -190,13 +191,87 @@ async def test_cancel_frees_the_row_and_says_so(client: EngineClient, model: Mod
     assert len(tokens(events)) < 400
 
 
+async def test_cancelling_at_once_is_one_end_whatever_the_request_was_doing(
+    client: EngineClient, model: ModelRef
+) -> None:
+    """While the engine starts, before the request's first step, while it is prepared, and later."""
+
+    async def cancelled_after(turns: int, request_id: str) -> Event:
+        stream = client.stream(request(model, request_id, max_tokens=400))
+        first = asyncio.ensure_future(anext(stream))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await client.cancel(request_id)
+        events = [await first, *(await collect(stream))]
+        ends = [event for event in events if isinstance(event, (Finished, Failed))]
+        assert ends == events[-1:]
+        return ends[0]
+
+    for turns in (1, 2, 3, 5, 10, 100, 1000):
+        end = await cancelled_after(turns, f"c{turns}")
+        assert isinstance(end, Finished) and end.reason == "cancelled", turns
+    assert isinstance((await collect(client.stream(request(model))))[-1], Finished)
+
+
+async def test_an_id_in_use_is_refused_and_the_first_request_is_not_disturbed(
+    client: EngineClient, model: ModelRef
+) -> None:
+    first = client.stream(request(model, "same", max_tokens=40))
+    opening = await anext(first)
+    (second,) = await collect(client.stream(request(model, "same")))
+    assert isinstance(second, Failed) and "same" in second.message
+    rest = await collect(first)
+    assert isinstance(rest[-1], Finished) and len(tokens([opening, *rest])) == 40
+
+
+async def test_an_engine_that_cannot_start_is_tried_once_a_request(
+    client: EngineClient, model: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawned = []
+    genuine = subprocess.Popen
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        spawned.append(arguments)
+        return genuine([sys.executable, "-c", "raise SystemExit(3)"], stderr=subprocess.DEVNULL)
+
+    monkeypatch.setattr(client_module.subprocess, "Popen", counting)
+    failed = (await collect(client.stream(request(model))))[-1]
+    assert isinstance(failed, Failed) and failed.code == "engine_not_started"
+    assert "exit status 3" in failed.message and "engine.log" in failed.message
+    assert len(spawned) == 1
+
+
+async def test_closing_while_the_engine_starts_ends_what_waits(model: ModelRef) -> None:
+    client = EngineClient()
+    stream = client.stream(request(model))
+    first = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    await client.close()
+    assert isinstance(await first, (Failed, Finished))
+    await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def test_an_engine_whose_mlx_thread_fails_ends_instead_of_hanging(
+    client: EngineClient, model: ModelRef, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib, sys\n"
+        "if 'app.engine.worker' in ' '.join(sys.orig_argv):\n"
+        "    from app.engine.scheduler import Scheduler\n"
+        "    Scheduler._admit = lambda self: 1 / 0\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    failed = (await collect(client.stream(request(model))))[-1]
+    assert isinstance(failed, Failed) and failed.code == "engine_crashed"
+    assert "ZeroDivisionError" in paths.engine_log().read_text()
+
+
 async def test_leaving_a_stream_early_cancels_it(client: EngineClient, model: ModelRef) -> None:
     stream = client.stream(request(model, max_tokens=400))
     async for event in stream:
         if isinstance(event, Token):
             break
     await stream.aclose()  # type: ignore[attr-defined]
-    # The engine answers in order: had the row gone on, this would come after 400 tokens.
     await collect(client.stream(request(model, "next", max_tokens=1)))
     status = await client.status()
     assert status is not None and status.running == 0

@@ -103,6 +103,11 @@ def test_a_request_too_large_for_a_frame_says_so() -> None:
     assert caught.value.code == "request_too_large"
 
 
+def test_text_that_is_not_unicode_says_so() -> None:
+    with pytest.raises(GryphonError, match="not valid Unicode"):
+        encode_frame(msgspec.structs.replace(REQUEST, prompt="\udcff"))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -120,6 +125,9 @@ def test_a_request_too_large_for_a_frame_says_so() -> None:
         ({"sampling": Sampling(top_p=1.5)}, "top_p"),
         ({"sampling": Sampling(min_p=-0.1)}, "min_p"),
         ({"sampling": Sampling(top_k=-1)}, "top_k"),
+        ({"sampling": Sampling(top_k=2**31)}, "top_k"),
+        ({"sampling": Sampling(seed=2**63)}, "seed"),
+        ({"max_tokens": 2**31}, "max_tokens"),
     ],
     ids=str,
 )

@@ -101,10 +101,15 @@ def test_a_row_draws_the_same_in_a_mixed_batch_as_alone() -> None:
         Sampling(temperature=0.7, top_p=0.8),
         Sampling(temperature=1.5, top_k=3, min_p=0.1),
     ]
-    uniforms = [0.2, 0.6, 0.9, 0.4]
-    together = sample(logits, _settings(*rows), uniforms).tolist()
-    alone = [sample(logits[i : i + 1], _settings(rows[i]), [uniforms[i]]).item() for i in range(4)]
-    assert together == alone
+    generator = RowGenerator(0)
+    for _ in range(50):
+        uniforms = [generator.uniform() for _ in rows]
+        together = sample(logits, _settings(*rows), uniforms).tolist()
+        alone = [
+            sample(logits[i : i + 1], _settings(row), [uniforms[i]]).item()
+            for i, row in enumerate(rows)
+        ]
+        assert together == alone
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-24])
@@ -148,6 +153,6 @@ def test_open_settings_come_from_the_model_then_from_the_house() -> None:
     assert RowSampling.of(Sampling()) == RowSampling(0.7, 1.0, 0, 0.0)
 
 
-@pytest.mark.parametrize("value", [-1, 3.5, "hot", None, True, math.nan, [1]])
+@pytest.mark.parametrize("value", [-1, 3.5, "hot", None, True, math.nan, math.inf, [1], 10**400])
 def test_nonsense_in_a_generation_config_recommends_nothing(value: object) -> None:
     assert recommended_sampling({"temperature": value}) == Sampling()

@@ -402,6 +402,29 @@ def test_an_exception_in_a_step_ends_its_rows_and_the_engine_goes_on(
     assert isinstance(harness.said["good"][-1], Finished)
 
 
+def test_a_failed_read_of_the_last_token_ends_its_row_once_and_the_engine_goes_on(
+    harness: Harness, checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row has left the batch by then; only the launched step still knows it."""
+    from app.engine.batch import Launch
+
+    failures = []
+
+    def failing(self: Launch) -> list[int]:
+        failures.append(self)
+        raise RuntimeError("unreadable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Launch, "token_ids", failing)
+        harness.submit(request(checkpoints["open_llama"], "bad", max_tokens=1), prompt_of(5))
+        harness.wait_all()
+    harness.submit(request(checkpoints["open_llama"], "good"), prompt_of(5))
+    harness.wait_all()
+    assert isinstance(harness.said["bad"][-1], Failed)
+    assert isinstance(harness.said["good"][-1], Finished)
+    assert len(failures) == 1
+
+
 def test_logprobs_are_those_of_the_greedy_token_and_batch_with_rows_that_want_none(
     harness: Harness, checkpoints: dict[str, ModelRef]
 ) -> None:
