@@ -87,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--raw", action="store_true", help="no chat template: continue the text as is")
     run.add_argument("--max-tokens", type=int, metavar="N", help="default: what the context leaves")
     run.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
+    run.add_argument(
+        "--no-wait", action="store_true", help="fail instead of waiting while another model answers"
+    )
     run.add_argument("--json", action="store_true", help="events, one JSON object a line")
     run.add_argument("--stats", action="store_true", help="counts and speeds on standard error")
     _sampling_options(run)

@@ -74,6 +74,7 @@ def _request(arguments: argparse.Namespace, prompt: str, model: ModelRef) -> Gen
         sampling=Sampling(**chosen),
         max_tokens=arguments.max_tokens,
         stop=arguments.stop,
+        wait_for_model=not arguments.no_wait,
     )
 
 

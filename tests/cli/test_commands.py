@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ..tiny_models import OPEN_LLAMA, write_model
+from ..tiny_models import OPEN_LLAMA, RECURRENT_GEMMA, write_model
 
 GRYPHON = str(Path(sys.executable).with_name("gryphon"))
 
@@ -233,21 +235,35 @@ def test_list_show_and_ps(tiny: Path) -> None:
     assert json.loads(gryphon("ps", "--json").stdout) is None
 
 
-def test_ps_shows_the_engine_of_another_gryphon(tiny: Path) -> None:
+@pytest.fixture
+def endless(home: Path) -> Iterator[None]:
+    """Another gryphon that answers, and goes on for longer than any test: "endless" has no limit."""
+    write_model(home / "data" / "models" / "endless", RECURRENT_GEMMA)
     process = subprocess.Popen(
-        [GRYPHON, "run", "--max-tokens", "480", "Hi"],
+        [GRYPHON, "run", "-m", "endless", "--max-tokens", "1000000", "Hi"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
-    try:
-        process.stdout.read(1)
-        status = json.loads(gryphon("ps", "--json").stdout)
-        assert status is not None and status["model"]["name"] == "tiny"
-        assert status["running"] == 1
-    finally:
-        process.kill()
-        process.communicate()
+    process.stdout.read(1)
+    reading = threading.Thread(target=process.stdout.read)  # or the pipe would fill
+    reading.start()
+    yield
+    process.kill()
+    reading.join()
+    process.stdout.close()
+    process.wait()
+
+
+def test_ps_shows_the_engine_of_another_gryphon(endless: None) -> None:
+    status = json.loads(gryphon("ps", "--json").stdout)
+    assert status["model"]["name"] == "endless" and status["running"] == 1
+    assert "endless, ready" in gryphon("ps").stdout
+
+
+def test_no_wait_refuses_while_another_model_answers(endless: None, tiny: Path) -> None:
+    done = gryphon("run", "-m", "tiny", "--no-wait", "--max-tokens", "1", "Hi")
+    assert done.returncode == 1 and "endless is in use" in done.stderr
 
 
 def test_doctor_names_what_would_be_used(tiny: Path) -> None:
