@@ -237,7 +237,7 @@ def test_list_show_and_ps(tiny: Path) -> None:
 
 @pytest.fixture
 def endless(home: Path) -> Iterator[None]:
-    """Another gryphon that answers, and goes on for longer than any test: "endless" has no limit."""
+    """Another gryphon that answers for longer than any test: "endless" has no context limit."""
     write_model(home / "data" / "models" / "endless", RECURRENT_GEMMA)
     process = subprocess.Popen(
         [GRYPHON, "run", "-m", "endless", "--max-tokens", "1000000", "Hi"],
