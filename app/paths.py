@@ -61,8 +61,19 @@ def _directory(kind: Literal["data", "cache", "state"]) -> Path:
 
 
 def open_private(path: Path) -> BinaryIO:
-    """Open a file for appending; it is created 0600."""
-    return os.fdopen(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab")
+    """Open a file for appending; it is created 0600.
+
+    Raises:
+        GryphonError: "no_write_permission".
+    """
+    try:
+        return os.fdopen(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab")
+    except OSError as error:
+        raise GryphonError(
+            "no_write_permission",
+            f"Gryphon cannot write {path}: {error.strerror or error}. Make it writable (perhaps "
+            "another user made it), or set GRYPHON_HOME to a directory you own.",
+        ) from error
 
 
 def data_dir() -> Path:

@@ -52,8 +52,9 @@ def rg_lru(
     softplus = mx.logaddexp(recurrent_param.astype(mx.float32), 0.0)
     log_a = -RG_LRU_C * mx.sigmoid(recurrent_gate.astype(mx.float32)) * softplus
     a = mx.exp(log_a)
-    # expm1 keeps the digits that 1 - a*a loses when a is close to 1.
-    multiplier = mx.sqrt(-mx.expm1(2.0 * log_a))
+    # expm1 keeps the digits that 1 - a*a loses when a is close to 1. At a = 1 the root's slope is
+    # infinite, and times the zero slope of what is below it the gradient would be NaN.
+    multiplier = mx.sqrt(mx.maximum(-mx.expm1(2.0 * log_a), 1e-30))
     if reset is not None:
         starts = reset[..., None]
         a = mx.where(starts, 0.0, a)

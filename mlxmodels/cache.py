@@ -118,6 +118,7 @@ class LayerState:
 
     def extract(self, index: int) -> Self:
         """A state of its own for one row."""
+        self._settled([self])
         row = type(self).from_state(self.state)
         row.filter([index])
         return row
@@ -140,13 +141,15 @@ class LayerState:
         self._set_state(value)
 
     def _get_state(self) -> tuple[Any, ...]:
-        return (*(getattr(self, name) for name in self._arrays), list(self._offsets))
+        remaining = None if self._remaining is None else list(self._remaining)
+        return (*(getattr(self, name) for name in self._arrays), list(self._offsets), remaining)
 
     def _set_state(self, value: Sequence[Any]) -> None:
-        *arrays, offsets = value
+        *arrays, offsets, remaining = value
         for name, array in zip(self._arrays, arrays, strict=True):
             setattr(self, name, array)
         self._offsets = [int(offset) for offset in offsets]
+        self._remaining = None if remaining is None else [int(left) for left in remaining]
 
     @property
     def nbytes(self) -> int:

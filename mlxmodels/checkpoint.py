@@ -6,11 +6,12 @@ key or half a tensor.
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from mlxmodels.errors import ModelError
-from mlxmodels.safetensors_header import read_header
+from mlxmodels.safetensors_header import TensorEntry, read_header
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -109,6 +110,36 @@ def _indexed_files(path: Path, index: Mapping[str, Any]) -> list[Path]:
         if lost:
             raise ModelError(f"{file} lacks {listed(sorted(lost))} that its index promises.")
     return files
+
+
+def parameter_count(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> int:
+    """Weights as the model computes with them: a packed tensor counts what it unpacks to.
+
+    Args:
+        config: config.json.
+        tensors: Of all the model's files together: a layer's parts may lie in different ones.
+    """
+    count = 0
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        scales = tensors.get(f"{module}.scales")
+        if scales is None or part not in ("weight", "scales", "biases"):
+            count += prod(tensor.shape)
+        elif part == "weight":
+            count += prod(scales.shape) * group_size(config, module)
+    return count
+
+
+def group_size(config: Mapping[str, Any], module: str) -> int:
+    """Weights per scale of a quantized layer; MLX's default where config.json does not say."""
+    for key in ("quantization", "quantization_config"):
+        settings = config.get(key)
+        if isinstance(settings, dict):
+            for source in (settings.get(module), settings):
+                size = source.get("group_size") if isinstance(source, dict) else None
+                if type(size) is int and 0 < size < 2**31:
+                    return size
+    return 64
 
 
 def eos_token_ids(*sources: Mapping[str, Any]) -> frozenset[int]:

@@ -5,12 +5,16 @@ Two styles of the same fact are accepted: classic top-level keys (`rope_theta`) 
 `rope_parameters`, then the family's default; `null` always means "the default".
 """
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin
 
 from mlxmodels.errors import ModelError
+
+# MLX's sizes are 32-bit; no other number in a config comes near it.
+_MAX_NUMBER = 2**31
 
 
 @dataclass
@@ -36,8 +40,9 @@ class ModelArgs:
             value = config.get(key)
             if value is not None and value not in allowed:
                 raise ModelError(
-                    f"config.json sets {key} to {value!r}, which {config.get('model_type')} models "
-                    f"do not support here; use a checkpoint without it."
+                    f"config.json sets {key} to {reprlib.repr(value)}, which "
+                    f"{config.get('model_type')} models do not support here; "
+                    f"use a checkpoint without it."
                 )
         known = {key: value for key, value in config.items() if value is not None}
         for alias, name in cls.aliases.items():
@@ -90,7 +95,11 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
     """Check a JSON value against a field's annotation; whole floats pass as integers."""
     kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     plain = tuple(get_origin(kind) or kind for kind in kinds)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -_MAX_NUMBER < value < _MAX_NUMBER  # false for NaN
+    )
     if bool in plain and isinstance(value, bool):
         return value
     if int in plain and is_number and float(value).is_integer():
@@ -100,4 +109,4 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
     if isinstance(value, tuple(k for k in plain if k in (str, list, dict))):
         return value
     expected = " or ".join(kind.__name__ for kind in plain if kind is not type(None))
-    raise ModelError(f"config.json sets {name} to {value!r}, expected {expected}.")
+    raise ModelError(f"config.json sets {name} to {reprlib.repr(value)}, expected {expected}.")

@@ -1,6 +1,7 @@
 """A model directory becomes a LoadedModel: config, strict weights, quantization, tokenizer."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,21 +106,63 @@ def _load_native(
     args_class: Any,
     dtype: mx.Dtype | None,
 ) -> nn.Module:
-    model: nn.Module = model_class(args_class.from_dict(config))
     weights: dict[str, mx.array] = {}
     for file in files:
         weights.update(_read_tensors(file))
+    with _building(path):
+        args = args_class.from_dict(config)
+        if args.num_hidden_layers > max(64, len(weights)):  # building it would take for ever
+            raise ModelError(
+                f"config.json sets num_hidden_layers to {args.num_hidden_layers}, and {path} holds "
+                f"{len(weights)} tensors in all; check that config.json belongs to it."
+            )
+        model: nn.Module = model_class(args)
     weights = model_class.sanitize(model, weights)
     plan = quantization.layer_settings(config, weights)
-    if dtype is not None:
-        weights = quantization.expanded(weights, plan, dtype)
-    elif plan:
-        quantization.quantize_layers(model, plan)
+    _check_dtypes(path, weights, plan)
+    with _building(path):
+        if dtype is not None:
+            weights = quantization.expanded(weights, plan, dtype)
+        elif plan:
+            quantization.quantize_layers(model, plan)
     _check_names(path, model, weights)
     model.load_weights(list(weights.items()), strict=False)
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+@contextlib.contextmanager
+def _building(path: Path) -> Iterator[None]:
+    """Whatever a config makes the layers' constructors raise is the config's fault."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the config.json of {path} describes a model that cannot be built ({error}); "
+            f"download it again."
+        ) from error
+
+
+def _check_dtypes(
+    path: Path, weights: Mapping[str, mx.array], plan: Mapping[str, quantization.Settings]
+) -> None:
+    """MLX reads dtypes it does not have (float8) as integers, which would compute nonsense."""
+    for name, value in weights.items():
+        layer, _, part = name.rpartition(".")
+        if layer in plan and part == "weight":
+            fits = value.dtype == mx.uint32
+        elif layer in plan and part == "scales":
+            fits = value.dtype == mx.uint8 or mx.issubdtype(value.dtype, mx.floating)
+        else:
+            fits = mx.issubdtype(value.dtype, mx.floating)
+        if not fits:
+            raise ModelError(
+                f"{path} stores {name} as {str(value.dtype).removeprefix('mlx.core.')}, which is "
+                f"no kind of weight this architecture has; use another build of the model."
+            )
 
 
 def _read_tensors(file: Path) -> dict[str, mx.array]:
@@ -167,8 +210,8 @@ def _load_zoo(path: Path, dtype: mx.Dtype | None) -> nn.Module:
     except Exception as error:  # mlx-lm raises whatever its models raise
         raise ModelError(f"{path} could not be loaded by mlx-lm: {error}") from error
     if dtype is not None:
+        model.set_dtype(dtype)  # first, or expanding would round to the dtype of the scales
         model = dequantize_model(model)
-        model.set_dtype(dtype)
         mx.eval(model.parameters())
     loaded: nn.Module = model
     return loaded

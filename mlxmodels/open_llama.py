@@ -18,6 +18,7 @@ announced. Past max_position_embeddings what deeper layers cached at an earlier,
 stays as it was computed then; only recomputing the whole sequence for every token could change it.
 """
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -65,7 +66,7 @@ class ModelArgs(config.ModelArgs):
             self,
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
             *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
-            "rope_theta",
+            *("rope_theta", "rms_norm_eps"),
         )
         if self.hidden_size % self.num_attention_heads:
             raise ModelError(
@@ -104,11 +105,13 @@ class ModelArgs(config.ModelArgs):
             )
         factor = (self.rope_scaling or {}).get("factor")
         is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
-        if self.rope_type != "default" and (not is_number or not float(str(factor)) >= 1):
+        if self.rope_type != "default" and (not is_number or not 1 <= float(str(factor)) <= 1e6):
             raise ModelError(
-                f"config.json sets the factor of rope_scaling to {factor!r}, "
-                f"expected a number of at least 1."
+                f"config.json sets the factor of rope_scaling to {reprlib.repr(factor)}, "
+                f"expected a number from 1 to a million."
             )
+        if self.rope_type == "dynamic" and self.hidden_size // self.num_attention_heads == 2:
+            raise ModelError("dynamic rope_scaling needs heads wider than 2, as config.json sets.")
 
 
 class DynamicRotary:

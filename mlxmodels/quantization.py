@@ -89,7 +89,7 @@ def _unpacked(
         biases = None if biases is None else biases.astype(mx.float32)
     try:
         full = mx.dequantize(weights[f"{layer}.weight"], scales, biases, **settings)
-    except ValueError as error:
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"the quantized layer {layer} does not match its settings {settings}: {error}"
         ) from error

@@ -41,6 +41,9 @@ from mlxmodels.weights import drop_tied_head, with_model_prefix
 Cache = Sequence[RecurrentState | WindowCache]
 
 
+MAX_WINDOW = 2**17
+
+
 @dataclass
 class ModelArgs(config.ModelArgs):
     aliases: ClassVar = {
@@ -83,15 +86,20 @@ class ModelArgs(config.ModelArgs):
             self,
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
             *("num_attention_heads", "num_key_value_heads", "lru_width", "conv1d_width"),
-            *("attention_window_size", "rope_theta", "partial_rotary_factor"),
+            *("attention_window_size", "rope_theta", "partial_rotary_factor", "rms_norm_eps"),
         )
+        if self.attention_window_size > MAX_WINDOW:  # its state is allocated whole
+            raise ModelError(
+                f"config.json sets attention_window_size to {self.attention_window_size}, "
+                f"expected at most {MAX_WINDOW}."
+            )
         if self.rope_scaling:
             raise ModelError(
                 f"config.json asks for rope_scaling {self.rope_scaling!r}, which recurrent_gemma "
                 f"does not have; use a checkpoint without it."
             )
-        unknown = sorted(set(self.block_types) - {"recurrent", "attention"})
-        if unknown or not self.block_types:
+        known = ("recurrent", "attention")
+        if not self.block_types or any(kind not in known for kind in self.block_types):
             raise ModelError(
                 f"config.json lists the block types {self.block_types!r}, "
                 f"expected some of 'recurrent' and 'attention'."

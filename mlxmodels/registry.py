@@ -1,6 +1,7 @@
 """Which code runs a model_type: a port of ours, else mlx-lm's, and nothing imported before need."""
 
 import ast
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -22,9 +23,14 @@ def supported(model_type: str) -> Literal["native", "zoo"] | None:
         return "native"
     name = _zoo_aliases().get(model_type, model_type)
     models = _zoo_directory() / "models"
-    if name.replace("_", "").replace("-", "").isalnum() and (models / f"{name}.py").is_file():
-        return "zoo"
-    return None
+    if not name.replace("_", "").replace("-", "").isalnum():
+        return None
+    try:
+        source = (models / f"{name}.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    # Its other files are parts of models.
+    return "zoo" if re.search(r"^(class|from .* import.*) Model\b", source, re.M) else None
 
 
 def model_classes(config: Mapping[str, Any]) -> tuple[type, type]:
@@ -45,7 +51,13 @@ def model_classes(config: Mapping[str, Any]) -> tuple[type, type]:
         return module.Model, module.ModelArgs
     from mlx_lm.utils import _get_classes  # costs most of a second: it imports transformers
 
-    model, args = _get_classes(dict(config))
+    try:
+        model, args = _get_classes(dict(config))
+    except (Exception, SystemExit) as error:  # one of its modules ends the process when it cannot
+        raise ModelError(
+            f"mlx-lm cannot run models of the family {model_type!r} here: "
+            f"{error or type(error).__name__}."
+        ) from error
     return model, args
 
 

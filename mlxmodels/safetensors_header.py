@@ -82,7 +82,9 @@ def _parse(path: Path, raw: bytes) -> dict[str, TensorEntry]:
 
     try:
         header = json.loads(raw, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except ModelError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise _broken(path, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise _broken(path, "its header is not a JSON object")

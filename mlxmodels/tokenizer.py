@@ -5,6 +5,7 @@ text that, joined, is exactly what decoding all of them at once gives.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class Tokenizer:
         if eos is not None and (eos_id := backend.token_to_id(eos)) is not None:
             ends.add(eos_id)
         bos = _token_text("bos_token", settings, special)
-        if bos is None and type(bos_id := config.get("bos_token_id")) is int:
+        bos_id = config.get("bos_token_id")
+        if bos is None and type(bos_id) is int and 0 <= bos_id < 2**31:
             bos = backend.id_to_token(bos_id)
         return cls(backend, bos_token=bos, eos_token=eos, eos_token_ids=frozenset(ends))
 
@@ -166,7 +168,8 @@ def _token_text(name: str, *sources: Mapping[str, Any]) -> str | None:
         value = source.get(name)
         if isinstance(value, dict):
             value = value.get("content")
-        if isinstance(value, str):
+        # Half a surrogate pair, as a JSON escape can smuggle in, is no token's text.
+        if isinstance(value, str) and not re.search("[\ud800-\udfff]", value):
             return value
     return None
 

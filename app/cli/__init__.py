@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +20,8 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 DEFAULT_PORT = 11500
+# A small model may repeat itself for as long as it is let; a person has Ctrl-C, a script has not.
+RUN_MAX_TOKENS = 1024
 
 _EPILOG = """\
 Without a command, `gryphon` opens the chat and serves the REST endpoint beside it.
@@ -85,7 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
     _yes_option(run)
     run.add_argument("--system", metavar="TEXT", help="a system message")
     run.add_argument("--raw", action="store_true", help="no chat template: continue the text as is")
-    run.add_argument("--max-tokens", type=int, metavar="N", help="default: what the context leaves")
+    run.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help=f"default: {RUN_MAX_TOKENS}",
+    )
     run.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
     run.add_argument(
         "--no-wait", action="store_true", help="fail instead of waiting while another model answers"
@@ -139,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: leaving takes a moment
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         status = EXIT_OK  # the reader (head, less) has had enough
@@ -152,9 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     parser = build_parser()
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+        words = ["chat", *words]
     arguments = parser.parse_args(words)
-    if arguments.command is None:
-        arguments = parser.parse_args(["chat"])
     module, function = _COMMANDS[arguments.command].split(":")
     try:
         status: int = getattr(importlib.import_module(module), function)(arguments)

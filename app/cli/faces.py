@@ -13,8 +13,6 @@ from app.library import embedded
 from app.library.installed import InstalledModel, find_model
 from app.server.serving import ServerOptions, ServerThread, serve_forever
 from app.settings import Settings
-from app.tui import run_chat
-from app.tui.ports import ModelOffer
 
 
 def _options(arguments: argparse.Namespace, *, access_log: bool = False) -> ServerOptions:
@@ -29,6 +27,9 @@ def _options(arguments: argparse.Namespace, *, access_log: bool = False) -> Serv
 
 def chat(arguments: argparse.Namespace) -> int:
     """The terminal chat, with the REST endpoint beside it."""
+    from app.tui import run_chat  # Textual takes a while, and `serve` does without it
+    from app.tui.ports import ModelOffer
+
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise GryphonError(
             "usage",

@@ -19,7 +19,7 @@ from app.engine.client import EngineClient
 from app.engine.protocol import EngineStatus
 from app.errors import GryphonError
 from app.library.installed import find_model, installed_models
-from app.settings import child_environment
+from app.settings import Settings, child_environment
 
 _PACKAGES = ("mlx", "mlx-lm", "textual", "fastapi", "huggingface_hub", "tokenizers")
 _PROBE_TIMEOUT_S = 120
@@ -67,7 +67,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
     else:
         for section, values in report.items():
-            print(section)
+            print(section if values else f"{section}\n  none")
             for name, value in values.items():
                 print(f"  {name:<16} {value}")
     return 1 if report["problems"] else 0
@@ -78,6 +78,11 @@ def _collect() -> dict[str, dict[str, object]]:
     compute = _probe()
     if "error" in compute:
         problems["compute"] = compute["error"]
+    if (
+        str(compute.get("blas")).startswith("slow path")
+        and Settings.from_environment().blas != "off"
+    ):
+        problems["blas"] = compute["blas"]
     where: dict[str, object] = {}
     try:
         where = {

@@ -9,10 +9,13 @@ import uuid
 
 import msgspec
 
+from app.cli import RUN_MAX_TOKENS
 from app.cli.models import model_for
 from app.cli.terminal import StatusLine, bar
 from app.engine.client import EngineClient
 from app.engine.protocol import (
+    MAX_FRAME_BYTES,
+    Accepted,
     Event,
     Failed,
     Finished,
@@ -36,16 +39,28 @@ def run(arguments: argparse.Namespace) -> int:
     check_request(request)  # wrong options are refused before a model is fetched
     model = model_for(arguments.model, yes=arguments.yes)
     request = msgspec.structs.replace(request, model=model.ref)
-    return asyncio.run(_answer(request, as_json=arguments.json, stats=arguments.stats))
+    return asyncio.run(
+        _answer(
+            request,
+            as_json=arguments.json,
+            stats=arguments.stats,
+            asked_length=arguments.max_tokens is not None,
+        )
+    )
 
 
 def _read_prompt(argument: str | None) -> str:
     piped = ""
     if not sys.stdin.isatty():
         try:
-            piped = sys.stdin.read()
+            piped = sys.stdin.read(MAX_FRAME_BYTES + 1)
         except UnicodeDecodeError as error:
             raise GryphonError("usage", f"Standard input is not UTF-8 text ({error}).") from error
+        if len(piped) > MAX_FRAME_BYTES:
+            raise GryphonError(
+                "request_too_large",
+                f"Standard input holds more than {MAX_FRAME_BYTES} characters. Send less text.",
+            )
     parts = [part for part in (piped, argument) if part]
     if any("\udc80" <= character <= "\udcff" for part in parts for character in part):
         raise GryphonError("usage", "The prompt is not UTF-8 text.")
@@ -72,13 +87,15 @@ def _request(arguments: argparse.Namespace, prompt: str, model: ModelRef) -> Gen
         messages=None if arguments.raw else messages,
         prompt=prompt if arguments.raw else None,
         sampling=Sampling(**chosen),
-        max_tokens=arguments.max_tokens,
+        max_tokens=RUN_MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens,
         stop=arguments.stop,
         wait_for_model=not arguments.no_wait,
     )
 
 
-async def _answer(request: GenerationRequest, *, as_json: bool, stats: bool) -> int:
+async def _answer(
+    request: GenerationRequest, *, as_json: bool, stats: bool, asked_length: bool
+) -> int:
     client = EngineClient()
     line = StatusLine()
     try:
@@ -92,8 +109,14 @@ async def _answer(request: GenerationRequest, *, as_json: bool, stats: bool) -> 
                 if not as_json:
                     print(f"gryphon: {event.message}", file=sys.stderr)
                 return 1
+            if isinstance(event, Accepted) and event.notice:
+                print(f"gryphon: {event.notice}", file=sys.stderr)
             if isinstance(event, Finished) and stats:
                 print(_summary(event), file=sys.stderr)
+            if isinstance(event, Finished) and event.reason == "length" and not asked_length:
+                count = event.usage.completion_tokens
+                hint = f"stopped after {count} tokens; --max-tokens N allows more"
+                print(f"gryphon: {hint}", file=sys.stderr)
         return 0
     finally:
         line.clear()

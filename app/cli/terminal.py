@@ -55,7 +55,8 @@ def confirm(question: str) -> bool:
     sys.stderr.flush()
     answer = sys.stdin.readline()
     if not answer:
-        raise GryphonError("declined", "No answer: nothing was downloaded.")
+        sys.stderr.write("\n")
+        raise GryphonError("declined", "No answer: nothing was downloaded. `--yes` does not ask.")
     return answer.strip().lower() in ("", "y", "yes")
 
 

@@ -63,7 +63,7 @@ class ElfLibrary:
             self._dynsym = self._section(_SHT_DYNSYM)
             self._names = self._sections[self._dynsym.link]
             self.symbols = list(self._read_symbols())
-        except (struct.error, IndexError, UnicodeDecodeError) as error:
+        except (struct.error, IndexError, OverflowError, UnicodeDecodeError) as error:
             raise ElfError(f"damaged ELF file: {error}") from error
 
     def undefined(self) -> set[str]:
@@ -95,15 +95,17 @@ class ElfLibrary:
         if not renamed:
             raise ElfError(f"the library defines no symbol {prefix}{min(names, default='')}")
         data = bytearray(self.data)
-        for index in renamed:
-            field = self._dynsym.offset + index * _SYMBOL.size
-            new_offset = self.symbols[index].name_offset + len(prefix.encode())
-            struct.pack_into("<I", data, field, new_offset)
-
-        table = self._section(_SHT_GNU_HASH)
-        hashes = self._system_v_hash_table(table.size, renamed)
-        data[table.offset : table.offset + len(hashes)] = hashes
-        self._point_hash_at(table.address, data)
+        try:
+            for index in renamed:
+                field = self._dynsym.offset + index * _SYMBOL.size
+                new_offset = self.symbols[index].name_offset + len(prefix.encode())
+                struct.pack_into("<I", data, field, new_offset)
+            table = self._section(_SHT_GNU_HASH)
+            hashes = self._system_v_hash_table(table.size, renamed)
+            data[table.offset : table.offset + len(hashes)] = hashes
+            self._point_hash_at(table.address, data)
+        except (struct.error, IndexError, OverflowError) as error:
+            raise ElfError(f"damaged ELF file: {error}") from error
         return bytes(data)
 
     def _system_v_hash_table(self, room: int, renamed: dict[int, str]) -> bytes:

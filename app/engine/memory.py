@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +9,8 @@ import mlx.core as mx
 import psutil
 
 from app.errors import GryphonError
-from mlxmodels.safetensors_header import read_header
+from mlxmodels.checkpoint import parameter_count, read_config, weight_files
+from mlxmodels.safetensors_header import TensorEntry, read_header
 
 # Left to the rest of the machine, on top of what the model needs.
 _RESERVE_BYTES = 768 * 1024**2
@@ -44,27 +43,17 @@ def available_bytes() -> int:
     return max(0, free - _RESERVE_BYTES)
 
 
-def parameter_count(path: Path) -> tuple[int, int]:
-    """Number of weights in a model directory, quantized ones counted as weights, and their bytes.
+def weights_of(path: Path) -> tuple[int, int]:
+    """Weights of a model directory, quantized ones counted as weights, and their bytes as stored.
 
     Raises:
-        ModelError: a file is not a whole safetensors file.
+        ModelError: its config or one of its files cannot be read.
     """
-    config = json.loads((path / "config.json").read_text())
-    quantization = config.get("quantization") or {}
-    parameters = file_bytes = 0
-    for file in sorted(path.glob("*.safetensors")):
-        tensors = read_header(file)
-        for name, tensor in tensors.items():
-            file_bytes += tensor.nbytes
-            stem, _, kind = name.rpartition(".")
-            if f"{stem}.scales" not in tensors or kind not in ("weight", "scales", "biases"):
-                parameters += math.prod(tensor.shape)
-            elif kind == "scales":
-                layer = quantization.get(stem)
-                settings = layer if isinstance(layer, dict) else quantization
-                parameters += math.prod(tensor.shape) * int(settings.get("group_size", 64))
-    return parameters, file_bytes
+    tensors: dict[str, TensorEntry] = {}
+    for file in weight_files(path):
+        tensors |= read_header(file)
+    count = parameter_count(read_config(path), tensors)
+    return count, sum(tensor.nbytes for tensor in tensors.values())
 
 
 def plan_load(path: Path) -> LoadPlan:
@@ -77,15 +66,16 @@ def plan_load(path: Path) -> LoadPlan:
         GryphonError: "does_not_fit", with the arithmetic.
         ModelError: the weights' headers cannot be read.
     """
-    parameters, file_bytes = parameter_count(path)
+    parameters, file_bytes = weights_of(path)
     available = available_bytes()
     if mx.default_device() == mx.Device(mx.DeviceType.cpu):
-        # While a layer is expanded both forms of it exist; the files stay mapped until the end.
-        if 4 * parameters + file_bytes <= available:
+        # While weights are expanded both forms exist; what is float32 already is taken as it is.
+        needed = 4 * parameters if file_bytes == 4 * parameters else 4 * parameters + file_bytes
+        if needed <= available:
             return LoadPlan(file_bytes, 4 * parameters, mx.float32, "float32")
         if file_bytes <= available:
             note = (
-                f"slow: weights as stored, because float32 needs {_gib(4 * parameters)} and "
+                f"slow: weights as stored, because float32 needs {_gib(needed)} and "
                 f"{_gib(available)} is available"
             )
             return LoadPlan(file_bytes, file_bytes, None, note)

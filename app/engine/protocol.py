@@ -180,6 +180,8 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
     prompt_tokens: int
     cached_tokens: int
     context_length: int | None
+    notice: str = ""
+    """What a person should know about how this will run; empty as a rule."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):

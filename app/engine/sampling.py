@@ -53,7 +53,7 @@ class RowSampling:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < 1e-5  # below it logits / temperature may overflow
 
     @property
     def has_filter(self) -> bool:

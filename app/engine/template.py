@@ -80,7 +80,8 @@ class ChatTemplate:
         except Exception as error:  # whatever a template does is the template's failure
             raise GryphonError(
                 "template_error",
-                f"The model's chat template does not accept this conversation: {error}",
+                f"The model's chat template does not accept this conversation: "
+                f"{error or type(error).__name__}",
             ) from error
 
 

@@ -19,11 +19,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 import app
 from app.engine import blas
 from app.engine.preparation import Preparer, Prompt
 from app.engine.protocol import (
     PROTOCOL_VERSION,
+    Accepted,
     Cancel,
     EngineStatus,
     Event,
@@ -166,6 +169,8 @@ class Engine:
     def _deliver(self, connection: Connection, event: Event) -> None:
         if isinstance(event, (Finished, Failed)):
             connection.rows.pop(event.id, None)
+        if isinstance(event, Accepted) and self._backend.kind == "reference":
+            event = msgspec.structs.replace(event, notice=self._backend.note)
         connection.send(event)
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

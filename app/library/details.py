@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from app.library.installed import InstalledModel, read_config, read_tensors, weight_files
+from mlxmodels.checkpoint import group_size, parameter_count
 from mlxmodels.safetensors_header import TensorEntry
 
 # One name per fact; families that came before today's Hugging Face names call it something else.
@@ -52,34 +53,23 @@ def describe(model: InstalledModel) -> ModelDetails:
     for file in weight_files(model.path):
         tensors |= read_tensors(file)
     storages: Counter[str] = Counter()
-    parameters = 0
     for name, tensor in tensors.items():
-        module, _, kind = name.rpartition(".")
+        module, _, part = name.rpartition(".")
         scales = tensors.get(f"{module}.scales")
-        if scales is None:
+        if scales is None or part not in ("weight", "scales", "biases"):
             storages[tensor.dtype] += 1
-            parameters += math.prod(tensor.shape)
-        elif kind == "weight":
-            values = math.prod(scales.shape) * _group_size(config, module)
+        elif part == "weight":
+            values = math.prod(scales.shape) * group_size(config, module)
             storages[f"{tensor.nbytes * 8 // max(values, 1)}-bit"] += 1
-            parameters += values
     return ModelDetails(
         model=model,
-        parameters=parameters,
+        parameters=parameter_count(config, tensors),
         weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         tensors=dict(storages.most_common()),
         license=_license(model.path),
         has_chat_template=_has_chat_template(model.path),
         **{fact: _first_int(config, names) for fact, names in _ALIASES.items()},
     )
-
-
-def _group_size(config: dict[str, Any], module: str) -> int:
-    settings = config.get("quantization") or config.get("quantization_config") or {}
-    override = settings.get(module)
-    own = override.get("group_size") if isinstance(override, dict) else None
-    value = own or settings.get("group_size")
-    return value if isinstance(value, int) else 64  # MLX's default
 
 
 def _first_int(config: dict[str, Any], names: tuple[str, ...]) -> int | None:

@@ -107,7 +107,7 @@ def _explained(error: OSError, host: str, port: int) -> GryphonError:
             return GryphonError(
                 "port_in_use",
                 f"Port {port} is already in use {by}. "
-                f"Use that one, or choose another port: gryphon serve --port {_other(port)}.",
+                f"Use that one, or choose another port with `--port {_other(port)}`.",
             )
         case errno.EACCES | errno.EPERM:
             return GryphonError(

@@ -55,6 +55,7 @@ class Answering:
         self._save_timer: asyncio.TimerHandle | None = None
         self._first_token_at = self._last_token_at = 0.0
         self._stats: dict[str, Any] | None = None
+        self._is_unsaved = False
 
     @property
     def tps(self) -> float:
@@ -142,10 +143,22 @@ class Answering:
             self.row = replace(
                 self.row, content=self.text, state=state, error=error, stats=self._stats
             )
+            self._is_unsaved = True
             self._on_save_failed(failure)
         self.activity = "idle"
         self.ended.set()
         self.changed.set()
+
+    def save_again(self) -> None:
+        """Save an ended answer whose save had failed; the file may be writable again.
+
+        Raises:
+            GryphonError: it still is not.
+        """
+        if self._is_unsaved:
+            row = self.row
+            self._history.finish(row.id, row.content, row.state, error=row.error, stats=self._stats)
+            self._is_unsaved = False
 
 
 def describe(progress: Progress) -> str:

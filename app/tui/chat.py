@@ -20,16 +20,16 @@ class Chat:
         """Typed and not sent, as last saved."""
 
     def resume(self) -> bool:
-        """Open the chat used last. False: another running gryphon has it open, so this is new."""
-        latest = self.history.latest()
-        if latest is None:
-            return True
-        if not self.history.claim(latest.id):
-            return False
-        self.conversation = latest
-        self.path = self.history.path_to_leaf(latest.id)
-        self.draft = latest.draft
-        return True
+        """Open the chat used last of those that no other gryphon has open; False when that is
+        not the last of all."""
+        conversations = self.history.conversations()
+        for conversation in conversations:
+            if self.history.claim(conversation.id):
+                self.conversation = conversation
+                self.path = self.history.path_to_leaf(conversation.id)
+                self.draft = conversation.draft
+                return conversation == conversations[0]
+        return not conversations
 
     def start_new(self) -> None:
         """Leave this conversation for an empty one."""

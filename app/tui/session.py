@@ -44,7 +44,7 @@ class Session:
     def state(self) -> str:
         """What is going on, in a word or two."""
         if self.answering is not None and self.is_answering:
-            return self.answering.activity
+            return "stopping" if self.answering.stop_asked else self.answering.activity
         if self.loading is not None:
             return self.loading
         if self.model is None:
@@ -92,6 +92,7 @@ class Session:
             GryphonError: the history cannot be written; nothing was begun.
         """
         assert self.model is not None and not self.is_answering
+        self._save_again()
         row = self.chat.begin_answer(self.model.name)
         request = GenerationRequest(
             id=uuid.uuid4().hex, model=self.model.ref, messages=self.chat.request_messages()
@@ -122,6 +123,7 @@ class Session:
     async def start_new_chat(self) -> None:
         """Leave this chat, and with it the answer in progress."""
         await self.drop_answer()
+        self._save_again()
         self.chat.start_new()
         self.answering = None
 
@@ -142,9 +144,14 @@ class Session:
         await self.drop_answer()
         # The screen is gone by now: a fault of the file can only be met by ending anyway.
         with contextlib.suppress(GryphonError):
+            self._save_again()
             self.chat.save_draft(self.typed)
         if self._engine is not None:
             await self._engine.close()
+
+    def _save_again(self) -> None:
+        if self.answering is not None:
+            self.answering.save_again()
 
     def _get_engine(self) -> EngineClient:
         if self._engine is None:

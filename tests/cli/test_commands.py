@@ -316,3 +316,37 @@ def test_two_runs_at_once_both_answer_and_share_the_engine(tiny: Path, home: Pat
         events = [json.loads(line) for line in output.splitlines()]
         assert events[-1]["usage"]["completion_tokens"] == count
     assert (home / "state" / "engine.log").read_text() == ""
+
+
+@pytest.mark.parametrize("words", [[], ["--no-serve"], ["--port", "11600"], ["-m", "tiny"]])
+def test_options_without_a_command_are_the_chats(tiny: Path, words: list[str]) -> None:
+    done = gryphon(*words)
+    assert done.returncode == 2 and "The chat needs a terminal" in done.stderr
+
+
+def test_an_answer_that_reaches_the_default_length_says_so(home: Path) -> None:
+    write_model(home / "data" / "models" / "tiny", OPEN_LLAMA, max_position_embeddings=4096)
+    done = gryphon("run", "Hi")
+    assert done.returncode == 0 and "stopped after 1024 tokens" in done.stderr
+    assert gryphon("run", "--max-tokens", "2", "Hi").stderr == ""
+
+
+def test_standard_input_without_end_is_refused(tiny: Path) -> None:
+    command = f"'{GRYPHON}' run < /dev/zero"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Send less text" in done.stderr
+
+
+def test_ctrl_c_again_and_again_prints_no_traceback(tiny: Path) -> None:
+    process = subprocess.Popen(
+        [GRYPHON, "run", "--max-tokens", "400", "Hi"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert b"Traceback" not in errors

@@ -42,11 +42,11 @@ def _quantized(path: Path) -> Path:
 
 
 def test_parameters_are_counted_as_weights_whatever_they_are_stored_as(model: Path) -> None:
-    plain, plain_bytes = memory.parameter_count(model)
+    plain, plain_bytes = memory.weights_of(model)
     weights = dict(tree_flatten(mlxmodels.load(model).model.parameters()))
     assert plain == sum(weight.size for weight in weights.values())
     assert plain_bytes == sum(weight.nbytes for weight in weights.values())
-    packed, packed_bytes = memory.parameter_count(_quantized(model))
+    packed, packed_bytes = memory.weights_of(_quantized(model))
     assert packed == plain and packed_bytes < plain_bytes / 3
 
 
@@ -59,7 +59,7 @@ def test_the_plan_is_what_loading_then_takes(model: Path) -> None:
 def test_weights_stay_as_stored_where_float32_does_not_fit(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parameters, file_bytes = memory.parameter_count(_quantized(model))
+    parameters, file_bytes = memory.weights_of(_quantized(model))
     monkeypatch.setattr(memory, "available_bytes", lambda: 4 * parameters)
     plan = memory.plan_load(model)
     assert (plan.dtype, plan.weight_bytes) == (None, file_bytes)
@@ -69,7 +69,7 @@ def test_weights_stay_as_stored_where_float32_does_not_fit(
 def test_what_does_not_fit_is_refused_with_the_arithmetic(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "parameter_count", lambda path: (10 * GIB, 20 * GIB))
+    monkeypatch.setattr(memory, "weights_of", lambda path: (10 * GIB, 20 * GIB))
     monkeypatch.setattr(memory, "available_bytes", lambda: 6 * GIB)
     with pytest.raises(GryphonError) as caught:
         memory.plan_load(model)

@@ -322,3 +322,17 @@ def test_the_other_ops_name_themselves_in_errors() -> None:
         causal_conv1d(X, mx.zeros((8, 4)), mx.zeros((8,)), mx.zeros((2, 4, 8)))
     with pytest.raises(ValueError, match=re.escape("[causal_conv1d] expected bias (8,)")):
         causal_conv1d(X, mx.zeros((8, 4)), mx.zeros((4,)), mx.zeros((2, 3, 8)))
+
+
+def test_gradients_stay_finite_where_the_gates_saturate() -> None:
+    """At a = 1 the slope of the multiplier is infinite; the reference implementation clips it."""
+    x = mx.random.normal((1, 5, 4), key=mx.random.key(0))
+    for gate in (-200.0, 0.0, 200.0):
+
+        def loss(param: mx.array, gate: float = gate) -> mx.array:
+            y, _ = rg_lru(x, x, mx.full(x.shape, gate), param)
+            return y.sum()
+
+        for start in (-200.0, 0.0, 50.0):
+            gradient = mx.grad(loss)(mx.full((4,), start))
+            assert mx.isfinite(gradient).all().item(), (gate, start)

@@ -448,3 +448,65 @@ def test_the_golden_checkpoints_load_from_disk(
         weights = {k.removeprefix(prefix): v for k, v in g.tensors.items() if k.startswith(prefix)}
         path = write_checkpoint(tmp_path / name, g.config, weights)
         assert_logits_close(name, load(path).model(g["tokens"]), g["logits"])
+
+
+@pytest.mark.parametrize("config", [OPEN_LLAMA, RECURRENT_GEMMA], ids=["ol", "rg"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 10**400},
+        {"hidden_size": 2**40},
+        {"vocab_size": 2**31},
+        {"intermediate_size": 1},
+        {"rms_norm_eps": 0.0},
+        {"rms_norm_eps": float("nan")},
+        {"rope_theta": float("inf")},
+        {"attention_window_size": 10**9},
+        {"block_types": [[1]]},
+        {"partial_rotary_factor": float("inf")},
+        {"rope_scaling": {"type": "linear", "factor": float("inf")}},
+        {"rope_scaling": {"type": "dynamic", "factor": 10**400}},
+        {"quantization": {"group_size": 7, "bits": 4}},
+        {"quantization": {"group_size": 2**40, "bits": 4}},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_hostile_configs_end_in_a_sentence_or_are_not_this_familys(
+    tmp_path: Path, config: dict[str, Any], change: dict[str, Any]
+) -> None:
+    path, _ = saved(tmp_path, config)
+    (path / "config.json").write_text(json.dumps(config | change))
+    foreign = {"attention_window_size", "block_types", "partial_rotary_factor", "quantization"}
+    try:
+        load(path)
+    except ModelError as error:
+        assert "\n" not in str(error) and len(str(error)) < 400
+    else:  # a key of the other family, or of quantized layers where none is
+        assert set(change) <= foreign or config is RECURRENT_GEMMA
+
+
+def test_weights_of_a_dtype_mlx_does_not_have_are_refused(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path, OPEN_LLAMA)
+    weights = dict(mx.load(str(path / "model.safetensors")))
+    weights["model.norm.weight"] = mx.ones(weights["model.norm.weight"].shape, mx.uint8)
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    with pytest.raises(ModelError, match=r"model\.norm\.weight as uint8"):
+        load(path)
+
+
+def test_an_extracted_row_in_the_middle_of_padding_is_refused() -> None:
+    from mlxmodels.kv_cache import KVCache
+
+    cache = KVCache()
+    cache.prepare(lengths=[1, 2], right_padding=[1, 0])
+    with pytest.raises(ValueError, match="finalize"):
+        cache.extract(0)
+
+
+@pytest.mark.parametrize("name", ["olmo", "base", "cache", "__init__", "../secrets"])
+def test_what_is_no_model_of_the_zoo_is_a_model_error(name: str) -> None:
+    from mlxmodels.registry import model_classes
+
+    with pytest.raises(ModelError):
+        model_classes({"model_type": name})

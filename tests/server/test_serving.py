@@ -53,7 +53,7 @@ def test_port_in_use_by_another_program() -> None:
         error = refused(port=port)
     assert error.code == "port_in_use"
     assert f"Port {port} is already in use by another program" in error.message
-    assert f"gryphon serve --port {port + 1}" in error.message
+    assert f"`--port {port + 1}`" in error.message
 
 
 def test_port_in_use_by_gryphon(server: Server) -> None:

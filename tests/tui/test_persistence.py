@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from app.errors import GryphonError
 from app.history.store import History
 from app.tui.app import ChatApp
 from app.tui.screens.chat import ChatScreen
@@ -228,3 +229,50 @@ async def test_a_message_sent_before_the_last_chat_is_shown_goes_into_it(
             "New question",
         ]
     history.close()
+
+
+async def test_an_answer_whose_save_failed_is_saved_when_the_file_can_be_written_again(
+    chatting: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = GryphonError("history_disk_full", "The disk is full.")
+    genuine = History.finish
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise full
+
+    async with chatting([["A long and ", "good answer."], ["More."]]) as chat:
+        monkeypatch.setattr(History, "finish", failing)
+        await chat.send("Go")
+        await chat.until_seen("The disk is full.")
+        monkeypatch.setattr(History, "finish", genuine)
+        await chat.send("On")
+        await chat.until_seen("More.")
+    assert ("assistant", "A long and good answer.", "complete") in chat.saved()
+
+
+async def test_a_chat_open_elsewhere_does_not_hide_the_one_before_it(
+    chatting: Chat, history_path: Path
+) -> None:
+    async with chatting([["First answer."]]) as chat:
+        await chat.send("first chat")
+        await chat.until_answered()
+    holding = (
+        "import sys; from pathlib import Path\n"
+        "from app.history.store import History\n"
+        "history = History(Path(sys.argv[1]))\n"
+        "chat = history.create_conversation()\n"
+        "history.append(chat.id, None, 'user', 'second chat')\n"
+        "print('open', flush=True); sys.stdin.read()"
+    )
+    elsewhere = subprocess.Popen(
+        [sys.executable, "-c", holding, str(history_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert elsewhere.stdout is not None and elsewhere.stdout.readline() == b"open\n"
+    try:
+        async with chatting([]) as chat:
+            await chat.until_seen("first chat")
+            assert "open in another Gryphon" in chat.screen_text
+    finally:
+        elsewhere.communicate()

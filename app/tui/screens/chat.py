@@ -79,14 +79,17 @@ class ChatScreen(Screen[None]):
 
     async def _begin(self) -> None:
         """After the first paint: the last chat, the model, the endpoint."""
+        is_last = True
         try:
-            if not self.session.chat.resume():
-                await self.transcript.add(
-                    Notice("Your last chat is open in another Gryphon; this is a new one.")
-                )
+            is_last = self.session.chat.resume()
         except GryphonError as error:
             self._trouble(error)
         await self._show_chat()
+        if not is_last:
+            which = "an earlier one" if self.session.chat.path else "a new one"
+            await self.transcript.add(
+                Notice(f"Your last chat is open in another Gryphon; this is {which}.")
+            )
         typed_already = self.prompt.text
         self._put_in_prompt(self.session.chat.draft + typed_already)
         self._has_begun = True
@@ -164,7 +167,7 @@ class ChatScreen(Screen[None]):
     async def _follow(self, answering: Answering, widget: AnswerMessage) -> None:
         """Paint an answer as it comes, no faster than painting can be afforded."""
         pace = Pace()
-        shown = 0
+        shown = await self._paint(answering, widget, 0)
         while not answering.ended.is_set():
             await answering.changed.wait()
             answering.changed.clear()
@@ -193,6 +196,7 @@ class ChatScreen(Screen[None]):
             await self.session.drop_answer()
         else:
             await self.session.cancel()
+            self._show_status()
 
     async def action_new_chat(self) -> None:
         """Leave this chat for an empty one. What is typed comes along."""
