@@ -1,6 +1,6 @@
 """Per-layer decoding state with one protocol, mlx-lm's batch-cache protocol by duck typing.
 
-Three kinds: `KVCache` grows with the sequence, `WindowCache` is a ring of the last W keys,
+Three kinds: `FullCache` grows with the sequence, `WindowCache` is a ring of the last W keys,
 `RecurrentState` is a fixed-size state. One class serves a single sequence and a batch, because
 every row carries its own `offset`, the absolute position of its next token. Offsets live on the
 host, so no step waits for the device to know where it is.

@@ -28,7 +28,7 @@ import mlx.nn as nn
 
 from mlxmodels import config
 from mlxmodels.errors import ModelError
-from mlxmodels.kv_cache import KVCache
+from mlxmodels.full_cache import FullCache
 from mlxmodels.layers import Rotary, activation
 from mlxmodels.weights import drop_tied_head, with_model_prefix
 
@@ -171,7 +171,7 @@ class Attention(nn.Module):
                 args.head_dim, args.rope_theta, args.rope_factor, args.max_position_embeddings
             )
 
-    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: FullCache | None) -> mx.array:
         B, T, _ = x.shape
         q, k, v = (
             self._heads(self.q_proj(x)),
@@ -189,7 +189,7 @@ class Attention(nn.Module):
         return self.o_proj(out.swapaxes(1, 2).reshape(B, T, -1))
 
     def _turned_at_use(
-        self, q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None, rope: DynamicRotary
+        self, q: mx.array, k: mx.array, v: mx.array, cache: FullCache | None, rope: DynamicRotary
     ) -> tuple[mx.array, mx.array, mx.array]:
         B, _, T, _ = q.shape
         if cache is None:
@@ -225,7 +225,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.mlp = MLP(args)
 
-    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: FullCache | None) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -239,7 +239,7 @@ class OpenLlama(nn.Module):
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
-    def __call__(self, inputs: mx.array, cache: Sequence[KVCache] | None = None) -> mx.array:
+    def __call__(self, inputs: mx.array, cache: Sequence[FullCache] | None = None) -> mx.array:
         x = self.embed_tokens(inputs)
         if "embed_layer_norm" in self:
             x = self.embed_layer_norm(x)
@@ -265,7 +265,7 @@ class Model(nn.Module):
         if not args.shared_input_output_embedding:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
-    def __call__(self, inputs: mx.array, cache: Sequence[KVCache] | None = None) -> mx.array:
+    def __call__(self, inputs: mx.array, cache: Sequence[FullCache] | None = None) -> mx.array:
         """Logits of the next token at every position.
 
         Args:
@@ -284,9 +284,9 @@ class Model(nn.Module):
     def layers(self) -> list[Block]:
         return self.model.layers
 
-    def make_cache(self) -> list[KVCache]:
+    def make_cache(self) -> list[FullCache]:
         """Empty state of one sequence, or of a batch: it takes the size of the first input."""
-        return [KVCache() for _ in self.layers]
+        return [FullCache() for _ in self.layers]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Checkpoint tensors under this module's names."""

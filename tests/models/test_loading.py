@@ -496,9 +496,9 @@ def test_weights_of_a_dtype_mlx_does_not_have_are_refused(tmp_path: Path) -> Non
 
 
 def test_an_extracted_row_in_the_middle_of_padding_is_refused() -> None:
-    from mlxmodels.kv_cache import KVCache
+    from mlxmodels.full_cache import FullCache
 
-    cache = KVCache()
+    cache = FullCache()
     cache.prepare(lengths=[1, 2], right_padding=[1, 0])
     with pytest.raises(ValueError, match="finalize"):
         cache.extract(0)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlxmodels.cache import RecurrentState, WindowCache
-from mlxmodels.kv_cache import KVCache
+from mlxmodels.full_cache import FullCache
 
 from ..tolerance import assert_logits_close
 from .conftest import CONFIGS, OPEN_LLAMA, RECURRENT_GEMMA, random_model
@@ -288,7 +288,7 @@ def test_the_recurrent_state_is_float32_whatever_the_weights(
 
 
 @pytest.mark.parametrize("n", [0, 1, 6])
-def test_a_trimmed_kv_cache_continues_from_there(n: int, tokens: mx.array) -> None:
+def test_a_trimmed_full_cache_continues_from_there(n: int, tokens: mx.array) -> None:
     model = random_model(OPEN_LLAMA)
     cache = prefilled(model, tokens[:, :20])
     assert all(state.is_trimmable() and state.trim(n) == n for state in cache)
@@ -310,7 +310,7 @@ def test_a_window_can_be_trimmed_only_before_it_wraps(tokens: mx.array) -> None:
 
 
 def test_masks_are_only_built_when_rows_need_them() -> None:
-    cache = KVCache()
+    cache = FullCache()
     assert cache.make_mask(1) is None and cache.make_mask(5) == "causal"
     assert isinstance(cache.make_mask(5, return_array=True), mx.array)
     recurrent = RecurrentState()
@@ -323,7 +323,7 @@ def test_masks_are_only_built_when_rows_need_them() -> None:
 
 
 def test_misuse_is_refused(tokens: mx.array) -> None:
-    cache = KVCache()
+    cache = FullCache()
     with pytest.raises(ValueError, match="right padding needs lengths"):
         cache.prepare(right_padding=[0, 3])
     keys = mx.zeros((2, 1, 3, 4))

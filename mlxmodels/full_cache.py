@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlxmodels.cache import LayerState, take_slots
 
 
-class KVCache(LayerState):
+class FullCache(LayerState):
     """Keys and values of every token, [B, Hkv, capacity, D].
 
     All rows write at one index, `_end`, so a decode step is one slice update whatever the rows'
