@@ -65,11 +65,13 @@ class LayerState:
             right_padding: As mlx-lm passes it; carries nothing that lengths does not.
 
         Raises:
-            ValueError: left padding on a state in use, or right padding without lengths.
+            ValueError: left padding on a state in use, right padding without lengths, or another
+                number of rows than the state has.
         """
         if left_padding is not None:
             if not self.empty() or any(self._offsets):
                 raise ValueError("[prepare] left padding needs an empty state.")
+            self._fit(len(left_padding))
             self._offsets = [-n for n in left_padding]
         if right_padding is not None and any(right_padding) and lengths is None:
             raise ValueError("[prepare] right padding needs lengths.")
@@ -108,13 +110,18 @@ class LayerState:
         self.state = type(self).merge([self, other]).state
 
     def filter(self, indices: Sequence[int]) -> None:
-        """Keep these rows, in this order."""
-        self._settled([self])
+        """Keep these rows, in this order.
+
+        Raises:
+            ValueError: no row would be left, there is no such row, or announced padding has not
+                been finalized. The state is then as it was.
+        """
+        self._check_rows(indices)
         rows = mx.array(list(indices), dtype=mx.int32)
+        self._offsets = [self._offsets[i] for i in indices]
         for name in self._arrays:
             array = getattr(self, name)
             setattr(self, name, None if array is None else array[rows])
-        self._offsets = [self._offsets[i] for i in indices]
 
     def extract(self, index: int) -> Self:
         """A state of its own for one row."""
@@ -170,7 +177,7 @@ class LayerState:
         return False
 
     def trim(self, n: int) -> int:
-        """Take back up to n tokens of every row; returns how many it was."""
+        """Take back n tokens of every row, or all of the shortest; returns how many it was."""
         return 0
 
     def _fit(self, rows: int) -> None:
@@ -180,6 +187,13 @@ class LayerState:
         if not self.empty() or self._offsets != [0]:
             raise ValueError(f"[cache] expected {len(self._offsets)} rows, got {rows}.")
         self._offsets = [0] * rows
+
+    def _check_rows(self, indices: Sequence[int]) -> None:
+        self._settled([self])
+        rows = self.batch_size
+        # MLX reads out of bounds without a word.
+        if not len(indices) or not all(-rows <= i < rows for i in indices):
+            raise ValueError(f"[filter] expected some of {rows} rows, got {list(indices)}.")
 
     def _counts(self, n: int) -> list[int]:
         """How many of the next n tokens count, per row."""
@@ -207,7 +221,7 @@ class LayerState:
     @staticmethod
     def _settled(caches: "Sequence[LayerState]") -> None:
         if any(cache._remaining is not None for cache in caches):
-            raise ValueError("[cache] finalize padded rows before changing the batch.")
+            raise ValueError("[cache] finalize padded rows before changing them.")
 
 
 class RecurrentState(LayerState):
@@ -320,6 +334,7 @@ class WindowCache(LayerState):
         return max(self._offsets) <= self.window
 
     def trim(self, n: int) -> int:
+        self._settled([self])
         if not self.is_trimmable():
             return 0
         n = max(0, min(n, *self._offsets))

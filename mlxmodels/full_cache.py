@@ -62,12 +62,14 @@ class FullCache(LayerState):
         ]
         if self.keys is None or self.values is None or not any(shifts):
             return
-        # The padding that followed each row's last token goes in front of its first.
-        index = (mx.arange(self._end) - mx.array(shifts)[:, None]) % self._end
-        self.keys = take_slots(self.keys[:, :, : self._end], index)
-        self.values = take_slots(self.values[:, :, : self._end], index)
-        self._starts = [start + shift for start, shift in zip(self._starts, shifts, strict=True)]
-        self._drop_common_padding()
+        # The padding that followed each row's last token goes in front of its first; what lies in
+        # front of every row's first is dropped.
+        starts = [start + shift for start, shift in zip(self._starts, shifts, strict=True)]
+        unused = min(self._end, *starts)
+        index = (mx.arange(unused, self._end) - mx.array(shifts)[:, None]) % self._end
+        self.keys, self.values = take_slots(self.keys, index), take_slots(self.values, index)
+        self._starts = [start - unused for start in starts]
+        self._end -= unused
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -109,9 +111,15 @@ class FullCache(LayerState):
         return merged
 
     def filter(self, indices: Sequence[int]) -> None:
-        super().filter(indices)
+        self._check_rows(indices)
         self._starts = [self._starts[i] for i in indices]
-        self._drop_common_padding()
+        unused = min(self._end, *self._starts)
+        if self.keys is not None and self.values is not None:
+            # Before rows are copied: a slice of the copy would keep all of it in memory.
+            self.keys, self.values = self.keys[:, :, unused:], self.values[:, :, unused:]
+        super().filter(indices)
+        self._starts = [start - unused for start in self._starts]
+        self._end -= unused
 
     def size(self) -> int:
         return self._end
@@ -120,6 +128,7 @@ class FullCache(LayerState):
         return True
 
     def trim(self, n: int) -> int:
+        self._settled([self])
         n = max(0, min(n, *self._offsets))
         self._offsets = [offset - n for offset in self._offsets]
         self._end -= n
@@ -138,14 +147,6 @@ class FullCache(LayerState):
         super()._fit(rows)
         if len(self._starts) != rows:
             self._starts = [0] * rows
-
-    def _drop_common_padding(self) -> None:
-        unused = min(self._starts, default=0)
-        if unused == 0 or self.keys is None or self.values is None:
-            return
-        self.keys, self.values = self.keys[:, :, unused:], self.values[:, :, unused:]
-        self._starts = [start - unused for start in self._starts]
-        self._end -= unused
 
 
 def _written(buffer: mx.array | None, new: mx.array, begin: int, growth: int) -> mx.array:

@@ -10,10 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxmodels import checkpoint, quantization, registry
+from mlxmodels import checkpoint, heads, quantization, registry
 from mlxmodels.checkpoint import listed
 from mlxmodels.errors import ModelError
 from mlxmodels.tokenizer import Tokenizer, read_chat_template
+
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class LoadedModel:
     """A model ready to run and what is known about it."""
 
     model: nn.Module
-    """mlx-lm's contract: model(inputs [B, T], cache=None) -> logits [B, T, V]; make_cache()."""
+    """mlx-lm's contract: model(inputs [B, T], cache=None) -> logits [B, T, V]; make_cache(). Ports
+    of ours are a `heads.TaskModel`, which also has forward()."""
     config: dict[str, Any]
     tokenizer: Tokenizer
     chat_template: str | None
@@ -60,17 +63,24 @@ class LoadedModel:
                 cache.finalize()
 
 
-def load(path: str | Path, *, dtype: mx.Dtype | None = None) -> LoadedModel:
+def load(
+    path: str | Path, task: str = heads.CAUSAL_LM, *, dtype: mx.Dtype | None = None
+) -> LoadedModel:
     """Load a model directory in Hugging Face or MLX layout.
 
     Args:
-        path: Directory with config.json, *.safetensors and tokenizer.json.
+        path: Directory with config.json, *.safetensors and tokenizer.json or a sentencepiece model.
+        task: The head to load: "causal-lm", "base", "sequence-classification",
+            "token-classification" or "question-answering". mlx-lm's models have the first only.
         dtype: If given, every floating tensor is cast to it and quantized layers are expanded to
-            it; None keeps what the files hold. float32 is the fast choice on a CPU.
+            it; None keeps what the files hold, or, if they hold several, what config.json names.
+            float32 is the fast choice on a CPU.
 
     Raises:
         ModelError: anything about the directory that keeps it from being loaded, by name.
     """
+    if task not in heads.TASKS:
+        raise ModelError(f"unknown task {task!r}; known are {', '.join(heads.TASKS)}.")
     path = Path(path).expanduser()
     config = checkpoint.read_config(path)
     family = config["model_type"]
@@ -80,11 +90,16 @@ def load(path: str | Path, *, dtype: mx.Dtype | None = None) -> LoadedModel:
     tokenizer = Tokenizer.from_directory(path)
 
     if registry.supported(family) == "native":
-        model = _load_native(path, files, config, model_class, args_class, dtype)
-    else:
+        model = _load_native(path, files, config, model_class, args_class, task, dtype)
+    elif task == heads.CAUSAL_LM:
         model = _load_zoo(path, dtype)
+    else:
+        raise ModelError(
+            f"models of the family {family!r} run through mlx-lm, which has no {task!r} head; "
+            f"load them as {heads.CAUSAL_LM!r}."
+        )
 
-    trained, context = _lengths(config, family)
+    trained, context = _lengths(model, config)
     return LoadedModel(
         model=model,
         config=config,
@@ -104,6 +119,7 @@ def _load_native(
     config: Mapping[str, Any],
     model_class: Any,
     args_class: Any,
+    task: str,
     dtype: mx.Dtype | None,
 ) -> nn.Module:
     weights: dict[str, mx.array] = {}
@@ -116,15 +132,17 @@ def _load_native(
                 f"config.json sets num_hidden_layers to {args.num_hidden_layers}, and {path} holds "
                 f"{len(weights)} tensors in all; check that config.json belongs to it."
             )
-        model: nn.Module = model_class(args)
+        model: nn.Module = model_class(args, task)
     weights = model_class.sanitize(model, weights)
     plan = quantization.layer_settings(config, weights)
     _check_dtypes(path, weights, plan)
     with _building(path):
         if dtype is not None:
             weights = quantization.expanded(weights, plan, dtype)
-        elif plan:
+        else:
+            weights = _one_dtype(config, weights, plan)
             quantization.quantize_layers(model, plan)
+    _check_head(path, config, task, model, weights)
     _check_names(path, model, weights)
     model.load_weights(list(weights.items()), strict=False)
     model.eval()
@@ -163,6 +181,44 @@ def _check_dtypes(
                 f"{path} stores {name} as {str(value.dtype).removeprefix('mlx.core.')}, which is "
                 f"no kind of weight this architecture has; use another build of the model."
             )
+
+
+def _one_dtype(
+    config: Mapping[str, Any],
+    weights: dict[str, mx.array],
+    plan: Mapping[str, quantization.Settings],
+) -> dict[str, mx.array]:
+    """Weights of several dtypes in the one that config.json names, else the embedding's.
+
+    Products of mixed dtypes would silently run in the widest of them.
+    """
+    loose = {name: v for name, v in weights.items() if name.rpartition(".")[0] not in plan}
+    if len({value.dtype for value in loose.values()}) < 2:
+        return weights
+    dtype = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
+    if dtype is None:
+        dtype = loose.get("model.embed_tokens.weight", next(iter(loose.values()))).dtype
+    return weights | {name: value.astype(dtype) for name, value in loose.items()}
+
+
+def _check_head(
+    path: Path,
+    config: Mapping[str, Any],
+    task: str,
+    model: nn.Module,
+    weights: Mapping[str, mx.array],
+) -> None:
+    """Say so in the head's name when a checkpoint of one task is loaded for another."""
+    head = [name for name in _parameters(model) if not name.startswith("model.")]
+    missing = [name for name in head if name not in weights]
+    if not missing or task == heads.CAUSAL_LM:
+        return
+    saved_as = config.get("architectures")
+    origin = f"; it was saved as {saved_as[0]}" if isinstance(saved_as, list) and saved_as else ""
+    raise ModelError(
+        f"{path} has no {task} head ({listed(missing)}){origin}: load it for the task it was "
+        f"trained for, or as {heads.BASE!r}."
+    )
 
 
 def _read_tensors(file: Path) -> dict[str, mx.array]:
@@ -217,15 +273,14 @@ def _load_zoo(path: Path, dtype: mx.Dtype | None) -> nn.Module:
     return loaded
 
 
-def _lengths(config: Mapping[str, Any], family: str) -> tuple[int | None, int | None]:
+def _lengths(model: nn.Module, config: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """Trained length and hard context length."""
+    if isinstance(model, heads.TaskModel):
+        trained = getattr(model.args, "max_position_embeddings", None)
+        factor = getattr(model.args, "rope_factor", 1.0)
+        return trained, None if trained is None else int(trained * factor)
     text = config.get("text_config")
     source = text if isinstance(text, dict) else config
     value = source.get("max_position_embeddings")
     trained = value if type(value) is int and value > 0 else None
-    if family == "recurrent_gemma":
-        return trained, None
-    if family == "open-llama":
-        args = registry.model_classes(config)[1].from_dict(config)  # type: ignore[attr-defined]
-        return args.max_position_embeddings, int(args.max_position_embeddings * args.rope_factor)
     return trained, trained

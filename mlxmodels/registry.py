@@ -12,8 +12,12 @@ from typing import Any, Literal
 from mlxmodels.errors import ModelError
 
 NATIVE: Mapping[str, str] = {
+    "gemma": "mlxmodels.gemma",
+    "gemma2": "mlxmodels.gemma2",
+    "nemotron": "mlxmodels.nemotron",
     "open-llama": "mlxmodels.open_llama",
     "recurrent_gemma": "mlxmodels.recurrent_gemma",
+    "xglm": "mlxmodels.xglm",
 }
 
 
@@ -44,7 +48,7 @@ def model_classes(config: Mapping[str, Any]) -> tuple[type, type]:
     if kind is None:
         raise ModelError(
             f"models of the family {model_type!r} are not supported; Gryphon's own ports are "
-            f"{' and '.join(NATIVE)}, others run through mlx-lm if it knows them."
+            f"{', '.join(NATIVE)}; others run through mlx-lm if it knows them."
         )
     if kind == "native":
         module = import_module(NATIVE[model_type])

@@ -4,15 +4,13 @@ import warnings
 
 import mlx.core as mx
 
+# Computed from the config; some versions of transformers saved them.
+_BUFFERS = ("rotary_emb.inv_freq", "embed_positions.weights", "model.normalizer")
 
-def with_model_prefix(weights: dict[str, mx.array], probe: str) -> dict[str, mx.array]:
-    """A bare-model file, recognised by its unprefixed `probe` tensor, under `model.` names."""
-    if probe not in weights:
-        return dict(weights)
-    return {
-        name if name.startswith("lm_head.") else f"model.{name}": value
-        for name, value in weights.items()
-    }
+
+def without_buffers(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Without tensors that a model computes for itself."""
+    return {name: value for name, value in weights.items() if not name.endswith(_BUFFERS)}
 
 
 def drop_tied_head(weights: dict[str, mx.array]) -> dict[str, mx.array]:

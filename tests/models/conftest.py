@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,6 @@ from mlx.utils import tree_flatten, tree_map
 from tokenizers import decoders, models, pre_tokenizers
 
 from mlxmodels import registry
-
-GOLDEN = Path(__file__).parent.parent / "golden"
 
 RECURRENT_GEMMA: dict[str, Any] = {
     "model_type": "recurrent_gemma",
@@ -48,24 +44,50 @@ OPEN_LLAMA_DYNAMIC = OPEN_LLAMA | {
     "rope_scaling": {"type": "dynamic", "factor": 2.0},
 }
 
+GEMMA: dict[str, Any] = {
+    "model_type": "gemma",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+}
+
+GEMMA2 = GEMMA | {
+    "model_type": "gemma2",
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 7,
+    "attn_logit_softcapping": 5.0,
+}
+
+NEMOTRON = GEMMA | {"model_type": "nemotron", "num_key_value_heads": 2}
+
+XGLM: dict[str, Any] = {
+    "model_type": "xglm",
+    "vocab_size": 97,
+    "d_model": 32,
+    "ffn_dim": 64,
+    "num_layers": 2,
+    "attention_heads": 4,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+}
+
 CONFIGS = {
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "nemotron": NEMOTRON,
+    "xglm": XGLM,
     "recurrent_gemma": RECURRENT_GEMMA,
     "open_llama": OPEN_LLAMA,
     "open_llama_dynamic": OPEN_LLAMA_DYNAMIC,
 }
-
-
-@dataclass
-class Golden:
-    """A reference model: our port with its weights, and what the reference computed."""
-
-    name: str
-    config: dict[str, Any]
-    model: Any
-    tensors: dict[str, mx.array]
-
-    def __getitem__(self, name: str) -> mx.array:
-        return self.tensors[name]
 
 
 def build(config: dict[str, Any]) -> Any:
@@ -117,23 +139,6 @@ def write_checkpoint(
 def flat(model: Any) -> dict[str, mx.array]:
     """A model's parameters by checkpoint name."""
     return dict(tree_flatten(model.parameters()))
-
-
-@pytest.fixture(scope="session")
-def golden() -> Callable[[str], Golden]:
-    """Reads a golden by name."""
-
-    def read(name: str) -> Golden:
-        config = json.loads((GOLDEN / f"{name}.json").read_text())
-        tensors = mx.load(str(GOLDEN / f"{name}.safetensors"))
-        assert isinstance(tensors, dict)
-        prefix = "weights."
-        weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        model = build(config)
-        model.load_weights(list(model.sanitize(weights).items()), strict=True)
-        return Golden(name, config, model, tensors)
-
-    return read
 
 
 @pytest.fixture

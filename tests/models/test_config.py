@@ -9,10 +9,16 @@ import pytest
 from mlxmodels import ModelError
 from mlxmodels.open_llama import ModelArgs as OpenLlamaArgs
 from mlxmodels.recurrent_gemma import ModelArgs as RecurrentGemmaArgs
+from mlxmodels.registry import model_classes
 
 
 def griffin(**config: Any) -> RecurrentGemmaArgs:
     return RecurrentGemmaArgs.from_dict({"model_type": "recurrent_gemma", **config})
+
+
+def read(family: str, **config: Any) -> Any:
+    _, args_class = model_classes({"model_type": family})
+    return args_class.from_dict({"model_type": family, **config})  # type: ignore[attr-defined]
 
 
 def test_recurrent_gemma_defaults_are_transformers() -> None:
@@ -39,7 +45,95 @@ def test_the_2b_file_s_aliases_are_read() -> None:
 def test_null_means_the_default_and_off_for_the_softcap() -> None:
     keys = ("num_key_value_heads", "lru_width", "head_dim", "rope_scaling", "block_types")
     assert griffin(**dict.fromkeys(keys)) == griffin()
-    assert griffin(logits_soft_cap=0.0).logits_soft_cap == 0.0
+    assert griffin(logits_soft_cap=0.0).logits_soft_cap is None
+    assert griffin(logits_soft_cap=None).logits_soft_cap is None
+    off = read("gemma2", attn_logit_softcapping=None, final_logit_softcapping=0)
+    assert (off.attn_logit_softcapping, off.final_logit_softcapping) == (None, None)
+    assert (read("gemma").pad_token_id, read("gemma", pad_token_id=None).pad_token_id) == (0, None)
+
+
+def test_the_new_families_defaults_are_transformers() -> None:
+    gemma = read("gemma")
+    assert (gemma.hidden_size, gemma.head_dim, gemma.num_hidden_layers) == (3072, 256, 28)
+    gemma2 = read("gemma2")
+    assert gemma2.layer_types[:3] == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert (gemma2.sliding_window, gemma2.query_pre_attn_scalar) == (4096, 256)
+    assert (gemma2.attn_logit_softcapping, gemma2.final_logit_softcapping) == (50.0, 30.0)
+    nemotron = read("nemotron")
+    assert (nemotron.num_key_value_heads, nemotron.head_dim, nemotron.rotary_dims) == (48, 128, 64)
+    assert (nemotron.hidden_act, nemotron.pad_token_id, nemotron.is_tied) == ("relu2", None, False)
+    xglm = read("xglm")
+    assert (xglm.hidden_size, xglm.num_hidden_layers, xglm.vocab_size) == (1024, 24, 256008)
+    assert (xglm.activation_function, xglm.pad_token_id) == ("gelu", 1)
+
+
+def test_published_spellings_of_a_field_are_read() -> None:
+    nemotron = read("nemotron", kv_channels=64, rope_percent=0.25, layer_norm_eps=1e-3)
+    assert (nemotron.head_dim, nemotron.rotary_dims, nemotron.norm_eps) == (64, 16, 1e-3)
+    assert read("nemotron", rope_percentage=1.0).partial_rotary_factor == 1.0
+    xglm = read("xglm", hidden_size=64, num_hidden_layers=3, num_attention_heads=8)
+    assert (xglm.d_model, xglm.num_layers, xglm.attention_heads) == (64, 3, 8)
+    # The first Gemma files say "gelu" and mean its tanh approximation.
+    for config in ({"hidden_act": "gelu"}, {"hidden_activation": "gelu"}, {}):
+        assert read("gemma", **config).hidden_act == "gelu_pytorch_tanh"
+    assert read("gemma", hidden_activation="silu").hidden_act == "silu"
+    assert read("gemma", hidden_act="relu", hidden_activation="silu").hidden_act == "relu"
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "nemotron", "open-llama"])
+def test_linear_rope_scaling_divides_positions(family: str) -> None:
+    nested = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+    for config in ({"rope_scaling": {"type": "linear", "factor": 4}}, {"rope_parameters": nested}):
+        assert read(family, **config).rope_factor == 4.0
+    assert read(family, rope_scaling={"rope_type": "default"}).rope_factor == 1.0
+    with pytest.raises(ModelError, match="rope_scaling of type 'longrope'"):
+        read(family, rope_scaling={"type": "longrope", "factor": 4.0})
+
+
+def test_labels_are_counted_by_number_or_by_name() -> None:
+    assert read("gemma").label_count == 2
+    assert read("gemma", num_labels=7).label_count == 7
+    assert read("gemma", id2label={"0": "a", "1": "b", "2": "c"}).label_count == 3
+    with pytest.raises(ModelError, match="num_labels to 0"):
+        read("gemma", num_labels=0)
+    with pytest.raises(ModelError, match="problem_type to 'ranking', expected one of regression"):
+        read("gemma", problem_type="ranking")
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("gemma", {"head_dim": 33}, "head_dim to 33, expected an even number"),
+        ("gemma", {"sliding_window": 4096}, "sets sliding_window to 4096, which gemma models"),
+        ("gemma", {"partial_rotary_factor": 0.5}, "sets partial_rotary_factor to 0.5"),
+        ("gemma", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("gemma", {"attn_logit_softcapping": 50.0}, "sets attn_logit_softcapping to 50.0"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "lists 1 layer_types"),
+        ("gemma2", {"num_hidden_layers": 1, "layer_types": ["chunked"]}, "for each of 1 layers"),
+        ("gemma2", {"sliding_window": 10**6}, "sliding_window to 1000000, expected at most"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping to -1.0"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar to 0"),
+        (
+            "gemma2",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+            "rope_parameters of its own to 'full_attention'",
+        ),
+        ("nemotron", {"partial_rotary_factor": 0.26}, "does not turn an even part of 128"),
+        ("nemotron", {"num_attention_heads": 7}, "num_attention_heads = 7 does not divide"),
+        ("xglm", {"add_cross_attention": True}, "sets add_cross_attention to True"),
+        ("xglm", {"d_model": 33}, "attention_heads = 16 does not divide"),
+        ("xglm", {"d_model": 2, "attention_heads": 1}, "d_model to 2, expected 4"),
+        ("open-llama", {"logits_soft_cap": 3.0}, "sets logits_soft_cap to 3.0"),
+        ("open-llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary"),
+        ("open-llama", {"pruned_heads": {"0": [1]}}, "sets pruned_heads"),
+        ("xglm", {"rope_scaling": ["linear"]}, "sets rope_scaling to"),
+    ],
+)
+def test_a_family_refuses_what_it_cannot_compute(
+    family: str, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        read(family, **config)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +175,7 @@ def test_whole_floats_are_integers_and_others_are_not() -> None:
     [
         ({"block_types": ["mamba"]}, "lists the block types"),
         ({"block_types": "recurrent"}, "sets block_types to 'recurrent', expected list."),
-        ({"lru_width": 33}, "sets lru_width to 33, which 10 attention heads do not divide."),
+        ({"lru_width": 33}, "sets lru_width to 33, which num_attention_heads = 10 does not."),
         ({"head_dim": 128}, "sets head_dim to 128"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling"),
@@ -90,7 +184,7 @@ def test_whole_floats_are_integers_and_others_are_not() -> None:
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor to 1.5"),
         ({"partial_rotary_factor": 0.0}, "partial_rotary_factor to 0.0"),
         ({"attention_window_size": 0}, "attention_window_size to 0"),
-        ({"num_key_value_heads": 4}, "num_key_value_heads to 4"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads = 4 does not divide"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping to 50.0"),
     ],
 )

@@ -19,19 +19,20 @@ from mlxmodels.registry import model_classes
 from ..tolerance import assert_logits_close
 from .conftest import (
     CONFIGS,
+    GEMMA2,
     OPEN_LLAMA,
     RECURRENT_GEMMA,
-    Golden,
     build,
     flat,
     random_model,
     write_checkpoint,
 )
+from .goldens import NAMES, Golden, distance
 
 LLAMA = OPEN_LLAMA | {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 
 
-@pytest.fixture(params=["recurrent_gemma", "open_llama"])
+@pytest.fixture(params=[name for name in CONFIGS if name != "open_llama_dynamic"])
 def config(request: pytest.FixtureRequest) -> dict[str, Any]:
     return CONFIGS[request.param]
 
@@ -52,7 +53,7 @@ def test_a_checkpoint_loads_as_it_was_saved(
     assert loaded.family == config["model_type"] and loaded.config == config
     assert loaded.nbytes == sum(value.nbytes for value in flat(model).values())
     assert loaded.eos_token_ids == {1} and loaded.chat_template is None
-    assert len(loaded.make_cache()) == config["num_hidden_layers"]
+    assert len(loaded.make_cache()) == loaded.model.args.num_hidden_layers
 
 
 @pytest.mark.parametrize("stored", [mx.bfloat16, mx.float16])
@@ -82,8 +83,9 @@ def test_bfloat16_logits_stay_close_to_float32(
 
 def quantized(config: dict[str, Any], mixed: bool = True) -> tuple[Any, dict[str, Any]]:
     """A model with 4-bit layers, 8-bit ones and a float one, and the config that says so."""
-    model = random_model(config | {"hidden_size": 64, "intermediate_size": 128})
-    config = config | {"hidden_size": 64, "intermediate_size": 128}
+    wide = {"hidden_size": 64, "intermediate_size": 128}
+    config = config | ({"d_model": 64} if config["model_type"] == "xglm" else wide)
+    model = random_model(config)
     settings: dict[str, Any] = {"group_size": 32, "bits": 4}
     eight = {"group_size": 64, "bits": 8}
 
@@ -181,6 +183,49 @@ def test_a_tied_head_that_differs_is_ignored_with_a_warning(tmp_path: Path) -> N
     path = write_checkpoint(tmp_path / "m", OPEN_LLAMA, weights)
     with pytest.warns(UserWarning, match="lm_head.weight differs"):
         load(path)
+
+
+@pytest.mark.parametrize("family", ["gemma", "nemotron", "xglm"])
+def test_a_task_needs_its_own_head(tmp_path: Path, family: str, tokens: mx.array) -> None:
+    config = CONFIGS[family] | {"architectures": ["SomeForCausalLM"]}
+    model = random_model(config)
+    path = write_checkpoint(tmp_path / "causal", config, flat(model))
+    base = load(path, "base").model
+    assert "lm_head" not in base and mx.array_equal(base(tokens), model.model(tokens))
+    if family == "xglm":
+        with pytest.raises(ModelError, match="xglm models have no 'token-classification' head"):
+            load(path, "token-classification")
+        return
+    message = r"has no token-classification head \(score.bias, score.weight\); it was saved as Some"
+    with pytest.raises(ModelError, match=message):
+        load(path, "token-classification")
+    with pytest.raises(ModelError, match="unknown task 'translation'; known are causal-lm, base"):
+        load(path, "translation")
+    score = {"score.weight": mx.ones((3, 32)), "score.bias": mx.zeros((3,))}
+    labelled = config | {"num_labels": 3}
+    path = write_checkpoint(tmp_path / "labels", labelled, flat(model) | score)
+    assert load(path, "token-classification").model(tokens).shape == (1, 40, 3)
+    with pytest.raises(ModelError, match="holds weights this architecture does not have: score"):
+        load(path)
+
+
+def test_zoo_families_have_one_task(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "zoo", LLAMA, flat(random_model(LLAMA)))
+    with pytest.raises(ModelError, match="run through mlx-lm, which has no 'base' head"):
+        load(path, "base")
+
+
+@pytest.mark.parametrize(("named", "dtype"), [("float16", mx.float16), (None, mx.bfloat16)])
+def test_weights_of_several_dtypes_are_brought_to_one(
+    tmp_path: Path, named: str | None, dtype: mx.Dtype, tokens: mx.array
+) -> None:
+    model = random_model(GEMMA2)
+    weights = flat(model)
+    mixed = {n: w if w.ndim == 1 else w.astype(mx.bfloat16) for n, w in weights.items()}
+    path = write_checkpoint(tmp_path / "m", GEMMA2 | {"torch_dtype": named}, mixed)
+    loaded = load(path)
+    assert {value.dtype for value in flat(loaded.model).values()} == {dtype}
+    assert loaded.model(tokens, cache=loaded.make_cache()).dtype == dtype
 
 
 def test_a_bare_model_file_loads(tmp_path: Path, config: dict[str, Any], tokens: mx.array) -> None:
@@ -327,16 +372,22 @@ INDEX = "model.safetensors.index.json"
         (
             change(model_type="t5"),
             "models of the family 't5' are not supported; Gryphon's own ports are "
-            "open-llama and recurrent_gemma",
+            "gemma, gemma2, nemotron, open-llama, recurrent_gemma, xglm; others",
         ),
         (change(auto_map={"AutoModel": "x.Y"}), "sets auto_map: this model brings code"),
         (change(model_file="x.py"), "sets model_file: this model brings code of its own"),
         (change(hidden_size="wide"), "sets hidden_size to 'wide', expected int."),
         (change(hidden_size=-32), "sets hidden_size to -32, expected a positive number."),
         (change(vocab_size=True), "sets vocab_size to True, expected int."),
-        (change(hidden_size=33), "hidden_size to 33, which 4 attention heads do not divide."),
+        (
+            change(hidden_size=33),
+            "hidden_size to 33, which num_attention_heads = 4 does not",
+        ),
         (change(head_dim=16), "sets head_dim to 16"),
-        (change(num_key_value_heads=3), "num_key_value_heads to 3, which does not divide 4"),
+        (
+            change(num_key_value_heads=3),
+            "which num_key_value_heads = 3 does not divide",
+        ),
         (change(attention_bias=True), "sets attention_bias to True, which open-llama models do"),
         (change(sliding_window=128), "sets sliding_window to 128"),
         (change(hidden_act="swiglu2"), "asks for the activation 'swiglu2'; known are gelu,"),
@@ -439,15 +490,11 @@ def test_quantization_that_does_not_fit_is_refused(
     assert sentence in str(caught.value)
 
 
-def test_the_golden_checkpoints_load_from_disk(
-    tmp_path: Path, golden: Callable[[str], Golden]
-) -> None:
-    for name in ("recurrent_gemma_lru_width", "open_llama_plain"):
-        g = golden(name)
-        prefix = "weights."
-        weights = {k.removeprefix(prefix): v for k, v in g.tensors.items() if k.startswith(prefix)}
-        path = write_checkpoint(tmp_path / name, g.config, weights)
-        assert_logits_close(name, load(path).model(g["tokens"]), g["logits"])
+def test_the_golden_checkpoints_load_from_disk(tmp_path: Path) -> None:
+    for name in NAMES:
+        g = Golden(name)
+        loaded = load(write_checkpoint(tmp_path / name, g.config, g.weights), g.task)
+        assert distance(loaded.model(g.tokens), g.model(g.tokens)) == 0, name
 
 
 @pytest.mark.parametrize("config", [OPEN_LLAMA, RECURRENT_GEMMA], ids=["ol", "rg"])

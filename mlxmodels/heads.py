@@ -1,0 +1,345 @@
+"""A decoder with the head of a task on top: the contract that every port's Model shares.
+
+`model(inputs, cache)` is mlx-lm's contract and what the engine calls. `forward(...)` takes what a
+Hugging Face model takes and names what it returns. Losses follow transformers 5.23
+`loss/loss_utils.py`, pooling its `modeling_layers.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxmodels import losses
+from mlxmodels.attention import Call
+from mlxmodels.errors import ModelError
+from mlxmodels.weights import drop_tied_head, without_buffers
+
+CAUSAL_LM = "causal-lm"
+BASE = "base"
+SEQUENCE_CLASSIFICATION = "sequence-classification"
+TOKEN_CLASSIFICATION = "token-classification"
+QUESTION_ANSWERING = "question-answering"
+
+TASKS = (
+    CAUSAL_LM,
+    BASE,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+    QUESTION_ANSWERING,
+)
+
+States = Sequence[Any] | None
+"""One state per layer, as `make_cache` returns them; None for a whole sequence at once."""
+
+_HEADS = ("lm_head.", "score.", "qa_outputs.")
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What `forward` returns; fields that the task or the call does not have are None."""
+
+    loss: mx.array | None = None
+    """Scalar float32, if labels or positions were given."""
+    logits: mx.array | None = None
+    """[B, T, V] (causal-lm), [B, labels] (sequence) or [B, T, labels] (token classification)."""
+    last_hidden_state: mx.array | None = None
+    """[B, T, hidden_size] after the final norm."""
+    hidden_states: tuple[mx.array, ...] | None = None
+    """Input of every layer, then the last hidden state, each [B, T, hidden_size]."""
+    attentions: tuple[mx.array, ...] | None = None
+    """Weights of every attention layer, [B, H, T, S]; recurrent layers have none."""
+    cache: States = None
+    """The states given, advanced."""
+    start_logits: mx.array | None = None
+    """[B, T], question answering."""
+    end_logits: mx.array | None = None
+    """[B, T], question answering."""
+
+
+class TaskModel(nn.Module):
+    """Base of every port's `Model`.
+
+    Args:
+        args: The family's ModelArgs.
+        task: One of the class's `tasks`.
+
+    Raises:
+        ModelError: the family has no head for the task.
+    """
+
+    decoder: ClassVar[Any]
+    """The family's bare decoder, called as decoder(inputs, cache, call)."""
+    tasks: ClassVar[tuple[str, ...]]
+    """What the family's documentation lists."""
+
+    def __init__(self, args: Any, task: str = CAUSAL_LM) -> None:
+        super().__init__()
+        if task not in self.tasks:
+            raise ModelError(
+                f"{args.model_type} models have no {task!r} head; known are "
+                f"{', '.join(self.tasks)}."
+            )
+        self.args = args
+        self.model_type = args.model_type
+        self.task = task
+        self.model = self.decoder(args)
+        if task == CAUSAL_LM and not args.is_tied:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+        elif task == SEQUENCE_CLASSIFICATION:
+            self.score = nn.Linear(args.hidden_size, args.label_count, bias=False)
+        elif task == TOKEN_CLASSIFICATION:
+            self.score = nn.Linear(args.hidden_size, args.label_count, bias=True)
+        elif task == QUESTION_ANSWERING:
+            self.qa_outputs = nn.Linear(args.hidden_size, 2)
+
+    def __call__(
+        self, inputs: mx.array, cache: States = None, call: Call | None = None
+    ) -> mx.array:
+        """What the task's head says of every token.
+
+        Args:
+            inputs: Token ids, [B, T], integer.
+            cache: States from `make_cache`, read and advanced; None for a whole sequence.
+
+        Returns:
+            In the model's dtype: logits of the next token [B, T, V]; last hidden states
+            [B, T, hidden_size] of a base model; label logits [B, T, labels]; start and end logits
+            [B, T, 2].
+        """
+        return self._head(self.model(inputs, cache, call))
+
+    def forward(
+        self,
+        input_ids: mx.array | None = None,
+        *,
+        attention_mask: mx.array | None = None,
+        position_ids: mx.array | None = None,
+        inputs_embeds: mx.array | None = None,
+        cache: States = None,
+        labels: mx.array | None = None,
+        start_positions: mx.array | None = None,
+        end_positions: mx.array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> ModelOutput:
+        """One forward call under the Hugging Face names.
+
+        Args:
+            input_ids: [B, T] integer; or else
+            inputs_embeds: [B, T, hidden_size].
+            attention_mask: [B, T], zero on padding before and after each row's tokens; a mask that
+                also covers what the states hold, [B, past + T], counts from its end. Rows then
+                equal the rows alone; what is computed on padding means nothing.
+            position_ids: [B or 1, T]; without it every row counts from its first token. Without
+                mask and states, a position that does not follow the one before opens a new
+                document, independent of the others, as in transformers.
+            cache: States from `make_cache`, read and advanced.
+            labels: [B, T] integer, shifted inside (causal-lm) or not (token classification), -100
+                ignored; [B] integer or [B, labels] float (sequence classification).
+            start_positions, end_positions: [B] integer, ignored outside 0..T-1.
+
+        Raises:
+            ValueError: arguments that contradict each other or the task.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("[forward] expected either input_ids or inputs_embeds.")
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        assert tokens is not None
+        B, T = tokens.shape[:2]
+        wants_spans = start_positions is not None or end_positions is not None
+        if labels is not None and self.task in (BASE, QUESTION_ANSWERING):
+            raise ValueError(f"[forward] a {self.task} model takes no labels.")
+        if wants_spans and self.task != QUESTION_ANSWERING:
+            raise ValueError(f"[forward] a {self.task} model takes no start or end positions.")
+        if self.bidirectional and cache is not None:
+            raise ValueError("[forward] a bidirectional model keeps no states.")
+        call = Call(
+            inputs_embeds=inputs_embeds,
+            hidden_states=[] if output_hidden_states else None,
+            attentions=[] if output_attentions else None,
+        )
+        if position_ids is not None:
+            call.position_ids = mx.broadcast_to(position_ids, (B, T))
+            if attention_mask is None and cache is None:
+                call.documents = _documents(call.position_ids)
+        states = cache
+        padding = None
+        if attention_mask is not None:
+            padding = _padding(attention_mask, B, T)
+        if padding is not None and self.bidirectional:
+            assert attention_mask is not None
+            call.valid = attention_mask[:, -T:] != 0
+            if call.position_ids is None:
+                call.position_ids = mx.arange(T) - mx.array(padding[0])[:, None]
+        elif padding is not None:
+            states = self._announce(padding, cache)
+
+        hidden = self.model(input_ids, states, call)
+        if padding is not None:
+            for state in states or ():
+                state.finalize()
+        out = self._head(hidden)
+        values: dict[str, Any] = {}
+        if self.task == CAUSAL_LM:
+            values["logits"] = out
+            if labels is not None:
+                values["loss"] = losses.next_token(out, labels)
+        elif self.task == TOKEN_CLASSIFICATION:
+            values["logits"] = out
+            if labels is not None:
+                values["loss"] = losses.cross_entropy(out, labels)
+        elif self.task == SEQUENCE_CLASSIFICATION:
+            pooled = out[mx.arange(B), self._last_tokens(input_ids, padding, B, T)]
+            values["logits"] = pooled
+            if labels is not None:
+                values["loss"] = losses.sequence(pooled, labels, self.args.problem_type)
+        elif self.task == QUESTION_ANSWERING:
+            start, end = out[..., 0], out[..., 1]
+            values |= {"start_logits": start, "end_logits": end}
+            if start_positions is not None and end_positions is not None:
+                values["loss"] = losses.span(start, end, start_positions, end_positions)
+            elif wants_spans:
+                raise ValueError("[forward] expected both start_positions and end_positions.")
+        return ModelOutput(
+            last_hidden_state=hidden,
+            hidden_states=None if call.hidden_states is None else tuple(call.hidden_states),
+            attentions=None if call.attentions is None else tuple(call.attentions),
+            cache=cache,
+            **values,
+        )
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Next-token logits [B, T, V] of last hidden states."""
+        if self.args.is_tied:
+            out: mx.array = self.model.embed_tokens.as_linear(hidden)
+            return out
+        return self.lm_head(hidden)
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether tokens see later ones; then nothing can be continued and there are no states."""
+        return False
+
+    @property
+    def layers(self) -> list[Any]:
+        """The decoder's layers, where mlx-lm's quantizer and LoRA trainer look for them."""
+        layers: list[Any] = self.model.layers
+        return layers
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
+        """Which layers mlx-lm's quantizer may pack: heads of a few labels stay as they are."""
+        return lambda path, module: not path.startswith(("score", "qa_outputs"))
+
+    def make_cache(self) -> list[Any]:
+        """Empty state of one sequence, or of a batch: it takes the size of the first input.
+
+        Raises:
+            ModelError: the model is bidirectional.
+        """
+        if self.bidirectional:
+            raise ModelError(
+                "config.json sets use_bidirectional_attention: such a model reads whole texts and "
+                "cannot generate; call it without a cache."
+            )
+        return self.new_states()
+
+    def new_states(self) -> list[Any]:
+        """One empty state per layer."""
+        raise NotImplementedError
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Checkpoint tensors under this module's names and layouts."""
+        weights = without_buffers(_with_model_prefix(weights))
+        if self.task == CAUSAL_LM:
+            return drop_tied_head(weights) if self.args.is_tied else weights
+        # A head is no part of a base model, and another task's no part of a classifier.
+        dropped = _HEADS if self.task == BASE else ("lm_head.",)
+        weights = {name: v for name, v in weights.items() if not name.startswith(dropped)}
+        return weights
+
+    def _head(self, hidden: mx.array) -> mx.array:
+        if self.task == CAUSAL_LM:
+            return self.logits(hidden)
+        if self.task == QUESTION_ANSWERING:
+            return self.qa_outputs(hidden)
+        return hidden if self.task == BASE else self.score(hidden)
+
+    def _announce(self, padding: tuple[list[int], list[int]], cache: States) -> Sequence[Any]:
+        left, lengths = padding
+        states = self.make_cache() if cache is None else cache
+        for state in states:
+            if any(left):
+                state.prepare(left_padding=left, lengths=lengths)
+            else:
+                state.prepare(lengths=lengths)
+        return states
+
+    def _last_tokens(
+        self,
+        input_ids: mx.array | None,
+        padding: tuple[list[int], list[int]] | None,
+        B: int,
+        T: int,
+    ) -> mx.array:
+        """Index of each row's last token, [B]: by the mask, else the last id that is not padding.
+
+        Raises:
+            ValueError: several rows without mask or pad token.
+        """
+        if padding is not None:
+            return mx.array(padding[1]) - 1
+        pad = self.args.pad_token_id
+        if pad is None and B > 1 and input_ids is not None:
+            raise ValueError(
+                "[forward] config.json names no pad_token_id, so the last token of several rows "
+                "is not known; pass attention_mask."
+            )
+        if pad is None or input_ids is None:
+            return mx.full((B,), T - 1, dtype=mx.int32)
+        return mx.argmax(mx.where(input_ids != pad, mx.arange(T), -1), axis=-1)
+
+
+def _documents(position_ids: mx.array) -> mx.array | None:
+    """Number of the packed document of every token, [B, T]; None if there is one per row."""
+    breaks = position_ids[:, 1:] - position_ids[:, :-1] != 1
+    if not breaks.any().item():
+        return None
+    return mx.pad(mx.cumsum(breaks.astype(mx.int32), axis=1), [(0, 0), (1, 0)])
+
+
+def _padding(attention_mask: mx.array, B: int, T: int) -> tuple[list[int], list[int]] | None:
+    """Padding before each row's tokens, and index past its last token; None if there is none.
+
+    Raises:
+        ValueError: wrong shape, a row without tokens, or padding between tokens.
+    """
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
+        raise ValueError(
+            f"[forward] expected attention_mask [{B}, {T}], got {attention_mask.shape}."
+        )
+    rows: list[list[bool]] = (attention_mask[:, -T:] != 0).tolist()  # type: ignore[assignment]
+    left = [row.index(True) if any(row) else T for row in rows]
+    ends = [T - row[::-1].index(True) if any(row) else 0 for row in rows]
+    for i, (row, start, end) in enumerate(zip(rows, left, ends, strict=True)):
+        if start >= end:
+            raise ValueError(f"[forward] row {i} of attention_mask has no token.")
+        if not all(row[start:end]):
+            raise ValueError(f"[forward] row {i} of attention_mask has padding between tokens.")
+    return (left, ends) if any(left) or min(ends) < T else None
+
+
+def _with_model_prefix(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Bare decoders come without a prefix, question answering with another; all get `model.`."""
+    if "embed_tokens.weight" in weights:
+        return {
+            name if name.startswith(_HEADS) else f"model.{name}": value
+            for name, value in weights.items()
+        }
+    return {
+        f"model.{name.removeprefix('transformer.')}" if name.startswith("transformer.") else name: v
+        for name, v in weights.items()
+    }
