@@ -124,7 +124,7 @@ def window_attention(
 ) -> mx.array:
     """Attention to the `window` last keys, a token's own included; writes the new ones.
 
-    Bidirectional, a token sees `window` keys to either side besides its own, as in transformers.
+    Bidirectional, a token sees that many to either side, its own counted on both.
 
     Args:
         q: [B, H, T, D].
@@ -173,8 +173,7 @@ def _explicit_mask(
     key = mx.arange(S)
     mask = mx.full((T, S), True) if bidirectional else key <= query
     if window is not None:
-        near = mx.abs(query - key) <= window if bidirectional else key > query - window
-        mask = mask & near
+        mask = mask & (mx.abs(query - key) < window)
     mask = mask[None, None]
     if key_start is not None:
         mask = mask & (key >= key_start[:, None, None, None])

@@ -69,9 +69,6 @@ class ModelArgs:
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other names under which published files carry a field."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Keys that would change the math of this family, with the values that do not."""
-
     ignored: ClassVar[tuple[str, ...]] = ()
     """Keys that would change the math of related families and mean nothing in this one's files."""
 
@@ -116,10 +113,9 @@ class ModelArgs:
         for key, value in rope_parameters(known).items():
             known.setdefault(key, value)
         own = {*names, *cls.aliases, *cls.ignored}
-        foreign = {key: allowed for key, allowed in _FOREIGN.items() if key not in own}
-        for key, allowed in {**foreign, **cls.neutral}.items():
+        for key, allowed in _FOREIGN.items():
             value = known.get(key)
-            if value is not None and value not in allowed:
+            if key not in own and value is not None and value not in allowed:
                 raise ModelError(
                     f"config.json sets {key} to {reprlib.repr(value)}, which "
                     f"{config.get('model_type')} models do not support here; "

@@ -9,7 +9,8 @@ What differs from a plain pre-norm transformer with rotary embedding and gated M
 - the activation is GELU's tanh approximation. Files of the first release say "gelu" and mean it.
 
 Where the references disagree: `hidden_activation`, which transformers 4.40 obeyed and 5.23 ignores,
-counts here if `hidden_act` is absent. `use_bidirectional_attention` lets tokens see later ones.
+counts here if `hidden_act` is absent. `use_bidirectional_attention` lets tokens see later ones, as
+documented; transformers' code obeys it only where it builds no mask.
 """
 
 import math

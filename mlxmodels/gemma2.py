@@ -11,8 +11,9 @@ What differs from Gemma:
   puts out, where in Gemma the same name is the norm before the MLP.
 
 Where others err: mlx-lm 0.32 gives every layer full attention and breaks on batches with grouped
-queries. Bidirectional (`use_bidirectional_attention`), a token of a sliding layer sees
-`sliding_window` tokens to either side besides its own, as in transformers.
+queries. `use_bidirectional_attention` lets tokens see later ones, in sliding layers those less
+than `sliding_window` away: the rule of transformers' flash attention. Its other backends ignore
+the option while there is a mask, and a mask there is.
 """
 
 import math

@@ -34,6 +34,9 @@ TASKS = (
 States = Sequence[Any] | None
 """One state per layer, as `make_cache` returns them; None for a whole sequence at once."""
 
+Spans = tuple[list[int], list[int]]
+"""Index of each row's first token, and past its last."""
+
 _HEADS = ("lm_head.", "score.", "qa_outputs.")
 
 
@@ -144,16 +147,8 @@ class TaskModel(nn.Module):
         Raises:
             ValueError: arguments that contradict each other or the task.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("[forward] expected either input_ids or inputs_embeds.")
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        assert tokens is not None
-        B, T = tokens.shape[:2]
-        wants_spans = start_positions is not None or end_positions is not None
-        if labels is not None and self.task in (BASE, QUESTION_ANSWERING):
-            raise ValueError(f"[forward] a {self.task} model takes no labels.")
-        if wants_spans and self.task != QUESTION_ANSWERING:
-            raise ValueError(f"[forward] a {self.task} model takes no start or end positions.")
+        B, T = self._check_tokens(input_ids, inputs_embeds)
+        self._check_labels(labels, start_positions, end_positions)
         if self.bidirectional and cache is not None:
             raise ValueError("[forward] a bidirectional model keeps no states.")
         call = Call(
@@ -165,50 +160,35 @@ class TaskModel(nn.Module):
             call.position_ids = mx.broadcast_to(position_ids, (B, T))
             if attention_mask is None and cache is None:
                 call.documents = _documents(call.position_ids)
+        spans = None if attention_mask is None else _token_spans(attention_mask, B, T)
+        is_padded = spans is not None and spans != ([0] * B, [T] * B)
         states = cache
-        padding = None
-        if attention_mask is not None:
-            padding = _padding(attention_mask, B, T)
-        if padding is not None and self.bidirectional:
-            assert attention_mask is not None
+        if is_padded and not self.bidirectional:
+            assert spans is not None
+            states = self._announce(spans, cache)
+        elif is_padded:
+            assert spans is not None and attention_mask is not None
             call.valid = attention_mask[:, -T:] != 0
             if call.position_ids is None:
-                call.position_ids = mx.arange(T) - mx.array(padding[0])[:, None]
-        elif padding is not None:
-            states = self._announce(padding, cache)
+                call.position_ids = mx.arange(T) - mx.array(spans[0])[:, None]
 
         hidden = self.model(input_ids, states, call)
-        if padding is not None:
+        if is_padded:
             for state in states or ():
                 state.finalize()
         out = self._head(hidden)
-        values: dict[str, Any] = {}
-        if self.task == CAUSAL_LM:
-            values["logits"] = out
-            if labels is not None:
-                values["loss"] = losses.next_token(out, labels)
-        elif self.task == TOKEN_CLASSIFICATION:
-            values["logits"] = out
-            if labels is not None:
-                values["loss"] = losses.cross_entropy(out, labels)
-        elif self.task == SEQUENCE_CLASSIFICATION:
-            pooled = out[mx.arange(B), self._last_tokens(input_ids, padding, B, T)]
-            values["logits"] = pooled
-            if labels is not None:
-                values["loss"] = losses.sequence(pooled, labels, self.args.problem_type)
-        elif self.task == QUESTION_ANSWERING:
-            start, end = out[..., 0], out[..., 1]
-            values |= {"start_logits": start, "end_logits": end}
-            if start_positions is not None and end_positions is not None:
-                values["loss"] = losses.span(start, end, start_positions, end_positions)
-            elif wants_spans:
-                raise ValueError("[forward] expected both start_positions and end_positions.")
+        if self.task == SEQUENCE_CLASSIFICATION:
+            out = out[mx.arange(B), self._last_tokens(input_ids, spans, B, T)]
+        is_span = self.task == QUESTION_ANSWERING
         return ModelOutput(
+            loss=self._loss(out, labels, start_positions, end_positions),
+            logits=None if is_span or self.task == BASE else out,
             last_hidden_state=hidden,
             hidden_states=None if call.hidden_states is None else tuple(call.hidden_states),
             attentions=None if call.attentions is None else tuple(call.attentions),
             cache=cache,
-            **values,
+            start_logits=out[..., 0] if is_span else None,
+            end_logits=out[..., 1] if is_span else None,
         )
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -268,32 +248,77 @@ class TaskModel(nn.Module):
             return self.qa_outputs(hidden)
         return hidden if self.task == BASE else self.score(hidden)
 
-    def _announce(self, padding: tuple[list[int], list[int]], cache: States) -> Sequence[Any]:
-        left, lengths = padding
+    def _check_tokens(
+        self, input_ids: mx.array | None, inputs_embeds: mx.array | None
+    ) -> tuple[int, int]:
+        """Rows and tokens; an id outside the vocabulary would read foreign memory."""
+        width, vocabulary = self.args.hidden_size, self.args.vocab_size
+        if inputs_embeds is not None and input_ids is None:
+            if inputs_embeds.ndim == 3 and inputs_embeds.shape[2] == width and inputs_embeds.size:
+                return inputs_embeds.shape[0], inputs_embeds.shape[1]
+            raise ValueError(
+                f"[forward] expected inputs_embeds [B, T, {width}], got {inputs_embeds.shape}."
+            )
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("[forward] expected either input_ids or inputs_embeds.")
+        if input_ids.ndim != 2 or not input_ids.size:
+            raise ValueError(f"[forward] expected input_ids [B, T], got {input_ids.shape}.")
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"[forward] expected input_ids from 0 to {vocabulary - 1}, got {low} to {high}."
+            )
+        return input_ids.shape[0], input_ids.shape[1]
+
+    def _check_labels(
+        self, labels: mx.array | None, start: mx.array | None, end: mx.array | None
+    ) -> None:
+        if labels is not None and self.task in (BASE, QUESTION_ANSWERING):
+            raise ValueError(f"[forward] a {self.task} model takes no labels.")
+        if (start is None) != (end is None):
+            raise ValueError("[forward] expected both start_positions and end_positions.")
+        if start is not None and self.task != QUESTION_ANSWERING:
+            raise ValueError(f"[forward] a {self.task} model takes no start or end positions.")
+
+    def _loss(
+        self,
+        out: mx.array,
+        labels: mx.array | None,
+        start: mx.array | None,
+        end: mx.array | None,
+    ) -> mx.array | None:
+        if start is not None and end is not None:
+            return losses.span(out[..., 0], out[..., 1], start, end)
+        if labels is None:
+            return None
+        if self.task == CAUSAL_LM:
+            return losses.next_token(out, labels)
+        if self.task == SEQUENCE_CLASSIFICATION:
+            return losses.sequence(out, labels, self.args.problem_type)
+        return losses.cross_entropy(out, labels)
+
+    def _announce(self, spans: Spans, cache: States) -> Sequence[Any]:
+        left, ends = spans
         states = self.make_cache() if cache is None else cache
         for state in states:
             if any(left):
-                state.prepare(left_padding=left, lengths=lengths)
+                state.prepare(left_padding=left, lengths=ends)
             else:
-                state.prepare(lengths=lengths)
+                state.prepare(lengths=ends)
         return states
 
     def _last_tokens(
-        self,
-        input_ids: mx.array | None,
-        padding: tuple[list[int], list[int]] | None,
-        B: int,
-        T: int,
+        self, input_ids: mx.array | None, spans: Spans | None, B: int, T: int
     ) -> mx.array:
         """Index of each row's last token, [B]: by the mask, else the last id that is not padding.
 
         Raises:
             ValueError: several rows without mask or pad token.
         """
-        if padding is not None:
-            return mx.array(padding[1]) - 1
+        if spans is not None:
+            return mx.array(spans[1]) - 1
         pad = self.args.pad_token_id
-        if pad is None and B > 1 and input_ids is not None:
+        if pad is None and B > 1:
             raise ValueError(
                 "[forward] config.json names no pad_token_id, so the last token of several rows "
                 "is not known; pass attention_mask."
@@ -311,8 +336,8 @@ def _documents(position_ids: mx.array) -> mx.array | None:
     return mx.pad(mx.cumsum(breaks.astype(mx.int32), axis=1), [(0, 0), (1, 0)])
 
 
-def _padding(attention_mask: mx.array, B: int, T: int) -> tuple[list[int], list[int]] | None:
-    """Padding before each row's tokens, and index past its last token; None if there is none.
+def _token_spans(attention_mask: mx.array, B: int, T: int) -> Spans:
+    """Where each row's tokens begin and end.
 
     Raises:
         ValueError: wrong shape, a row without tokens, or padding between tokens.
@@ -322,14 +347,15 @@ def _padding(attention_mask: mx.array, B: int, T: int) -> tuple[list[int], list[
             f"[forward] expected attention_mask [{B}, {T}], got {attention_mask.shape}."
         )
     rows: list[list[bool]] = (attention_mask[:, -T:] != 0).tolist()  # type: ignore[assignment]
-    left = [row.index(True) if any(row) else T for row in rows]
-    ends = [T - row[::-1].index(True) if any(row) else 0 for row in rows]
-    for i, (row, start, end) in enumerate(zip(rows, left, ends, strict=True)):
-        if start >= end:
+    begins, ends = [], []
+    for i, row in enumerate(rows):
+        if True not in row:
             raise ValueError(f"[forward] row {i} of attention_mask has no token.")
-        if not all(row[start:end]):
+        begins.append(row.index(True))
+        ends.append(T - row[::-1].index(True))
+        if not all(row[begins[-1] : ends[-1]]):
             raise ValueError(f"[forward] row {i} of attention_mask has padding between tokens.")
-    return (left, ends) if any(left) or min(ends) < T else None
+    return begins, ends
 
 
 def _with_model_prefix(weights: dict[str, mx.array]) -> dict[str, mx.array]:

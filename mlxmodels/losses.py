@@ -9,11 +9,17 @@ IGNORED = -100
 
 def next_token(logits: mx.array, labels: mx.array) -> mx.array:
     """Cross entropy of logits [B, T, V] at t with labels [B, T] at t + 1."""
+    _check_shape(logits, labels)
     return cross_entropy(logits[:, :-1], labels[:, 1:])
 
 
 def cross_entropy(logits: mx.array, labels: mx.array, ignored: int = IGNORED) -> mx.array:
-    """Mean over the labels [...] that count, of logits [..., V]; 0 if none does."""
+    """Mean over the labels [...] that count, of logits [..., V]; 0 if none does.
+
+    Raises:
+        ValueError: the labels' shape does not fit.
+    """
+    _check_shape(logits, labels)
     counts = labels != ignored
     each = nn.losses.cross_entropy(
         logits.astype(mx.float32), mx.where(counts, labels, 0), reduction="none"
@@ -66,3 +72,11 @@ def span(start_logits: mx.array, end_logits: mx.array, start: mx.array, end: mx.
         return cross_entropy(logits, mx.clip(positions.reshape(-1), 0, T), ignored=T)
 
     return (one(start_logits, start) + one(end_logits, end)) / 2
+
+
+def _check_shape(logits: mx.array, labels: mx.array) -> None:
+    if labels.shape != logits.shape[:-1] or not mx.issubdtype(labels.dtype, mx.integer):
+        raise ValueError(
+            f"[forward] expected labels {logits.shape[:-1]} integer, "
+            f"got {labels.shape} of {labels.dtype}."
+        )

@@ -5,7 +5,7 @@ Reference: transformers 4.40.2 `models/deprecated/open_llama` (checkpoint names,
 What differs from a plain pre-norm transformer with rotary embedding and SwiGLU:
 - `use_stable_embedding`: a LayerNorm with bias right after the embedding, which `inputs_embeds`
   do not pass through;
-- `shared_input_output_embedding`, not `tie_word_embeddings`, makes the embedding the head;
+- `shared_input_output_embedding` makes the embedding the head whatever `tie_word_embeddings` says;
 - `rope_scaling`: linear (positions divided by the factor) or dynamic (the base grows with length).
 
 Ours: `num_key_value_heads` makes attention grouped-query; absent, every head has its own keys.
@@ -49,6 +49,7 @@ class ModelArgs(config.ModelArgs):
     pad_token_id: int | None = 0
     use_stable_embedding: bool = True
     shared_input_output_embedding: bool = True
+    tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
 
@@ -76,8 +77,8 @@ class ModelArgs(config.ModelArgs):
 
     @property
     def is_tied(self) -> bool:
-        """Whether the embedding is also the head; `tie_word_embeddings` has no say in it."""
-        return self.shared_input_output_embedding
+        """Whether the embedding is also the head."""
+        return self.shared_input_output_embedding or self.tie_word_embeddings
 
 
 class DynamicRotary:

@@ -46,7 +46,6 @@ class ModelArgs(config.ModelArgs):
         "sliding_window": "attention_window_size",
     }
     ignored: ClassVar = ("layer_types",)  # says what block_types says
-    neutral: ClassVar = {"tie_word_embeddings": (True,)}
     nullable: ClassVar = ("pad_token_id", "logits_soft_cap")
 
     model_type: str = "recurrent_gemma"
@@ -70,6 +69,7 @@ class ModelArgs(config.ModelArgs):
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 0.5
     embeddings_scale_by_sqrt_dim: bool = True
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,7 +104,7 @@ class ModelArgs(config.ModelArgs):
     @property
     def is_tied(self) -> bool:
         """Whether the embedding is also the head."""
-        return True
+        return self.tie_word_embeddings
 
     @property
     def window(self) -> int:

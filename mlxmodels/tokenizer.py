@@ -1,20 +1,88 @@
 """Text to token ids and back. Imports neither MLX nor transformers.
 
-`Tokenizer` wraps a tokenizer.json; `StreamingDetokenizer` turns ids that arrive one by one into
-text that, joined, is exactly what decoding all of them at once gives.
+`Tokenizer` wraps a tokenizer.json or a sentencepiece model; `StreamingDetokenizer` turns ids that
+arrive one by one into text that, joined, is exactly what decoding all of them at once gives.
 """
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import tokenizers
 
+from mlxmodels.added_tokens import token_text
 from mlxmodels.checkpoint import eos_token_ids, read_optional_json
 from mlxmodels.detokenizer import Detokenizer, detokenizer_for
 from mlxmodels.errors import ModelError
+from mlxmodels.sentencepiece_model import SentencePieceModel, find_model
+
+# What ends the model's turn in a chat, whether the directory's files say so or not.
+_TURN_ENDS = {
+    "gemma": "<end_of_turn>",
+    "gemma2": "<end_of_turn>",
+    "recurrent_gemma": "<end_of_turn>",
+    "nemotron": "<extra_id_1>",
+}
+_SPECIAL_NAMES = [f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
+_MAX_ID = 1 << 32  # the tokenizers library holds ids in 32 bits and raises on more
+
+
+class Backend(Protocol):
+    """What encodes and decodes: well-formed text, ids of up to 32 bits in the vocabulary or not."""
+
+    vocab_size: int
+    special_ids: frozenset[int]
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token(self, id: int) -> str | None: ...
+
+    def token_id(self, token: str) -> int | None: ...
+
+    def detokenizer(self) -> Detokenizer: ...
+
+
+class TokenizerJson:
+    """A tokenizer.json, applied by the `tokenizers` library."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        decoder = tokenizer.decoder
+        self._decoder = {} if decoder is None else json.loads(decoder.__getstate__())
+
+    @classmethod
+    def from_file(cls, file: Path) -> "TokenizerJson":
+        """
+        Raises:
+            ModelError: the file cannot be read.
+        """
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(file)))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ModelError(f"{file} cannot be read: {error}. Download it again.") from error
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def token(self, id: int) -> str | None:
+        return self._tokenizer.id_to_token(id)
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def detokenizer(self) -> Detokenizer:
+        return detokenizer_for(self._decoder, self.decode)
 
 
 class Tokenizer:
@@ -22,87 +90,74 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: Backend,
         *,
         bos_token: str | None = None,
         eos_token: str | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
-        backend.no_truncation()
-        backend.no_padding()
         self._backend = backend
         self.bos_token = bos_token
         """Text of the token that opens a sequence, None if the model has none."""
-        self.bos_token_id = None if bos_token is None else backend.token_to_id(bos_token)
+        self.bos_token_id = None if bos_token is None else backend.token_id(bos_token)
         self.eos_token = eos_token
         """Text of the token that ends a sequence, None if the model has none."""
         self.eos_token_ids = eos_token_ids
-        """Ids that end a sequence, as the directory's files declare them."""
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self.special_ids = frozenset(
-            id for id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        """Ids that end a sequence: those the directory's files declare, and its family's."""
+        self.vocab_size = backend.vocab_size
+        self.special_ids = backend.special_ids
         """Ids that stand for no text."""
-        decoder = backend.decoder
-        self._decoder = {} if decoder is None else json.loads(decoder.__getstate__())
         self._spelling = self.detokenizer()
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """The tokenizer of a model directory.
+        """The tokenizer of a model directory: its tokenizer.json, or a lone sentencepiece model.
 
         Raises:
-            ModelError: tokenizer.json is missing or cannot be read.
+            ModelError: neither is there, or a file cannot be read.
         """
         path = Path(path)
-        file = path / "tokenizer.json"
-        if not file.is_file():
-            has_model = any(path.glob("*.model"))
-            advice = (
-                "it holds a sentencepiece model only, which is not supported yet; convert it with "
-                "transformers' AutoTokenizer.save_pretrained"
-                if has_model
-                else "download the model again with its tokenizer"
-            )
-            raise ModelError(f"{path} has no tokenizer.json: {advice}.")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ModelError(f"{file} cannot be read: {error}. Download it again.") from error
-
-        settings = read_optional_json(path / "tokenizer_config.json")
-        special = read_optional_json(path / "special_tokens_map.json")
+        settings = read_optional_json(path / "special_tokens_map.json")
+        given = read_optional_json(path / "tokenizer_config.json")
+        settings |= {key: value for key, value in given.items() if value is not None}
         config = read_optional_json(path / "config.json")
         generation = read_optional_json(path / "generation_config.json")
+        texts = {name: token_text(settings.get(name)) for name in _SPECIAL_NAMES}
+        named = {name: text for name, text in texts.items() if text is not None}
+
+        backend: Backend
+        if (path / "tokenizer.json").is_file():
+            backend = TokenizerJson.from_file(path / "tokenizer.json")
+            bos, eos = named.get("bos_token"), named.get("eos_token")
+            bos_id = config.get("bos_token_id")
+            if bos is None and type(bos_id) is int and 0 <= bos_id < _MAX_ID:
+                bos = backend.token(bos_id)
+        else:
+            backend = model = SentencePieceModel(find_model(path), config, settings, named)
+            bos, eos = model.bos_token, model.eos_token
+
         ends = set(eos_token_ids(config, generation))
-        eos = _token_text("eos_token", settings, special)
-        if eos is not None and (eos_id := backend.token_to_id(eos)) is not None:
-            ends.add(eos_id)
-        bos = _token_text("bos_token", settings, special)
-        bos_id = config.get("bos_token_id")
-        if bos is None and type(bos_id) is int and 0 <= bos_id < 2**31:
-            bos = backend.id_to_token(bos_id)
+        for token in (eos, _TURN_ENDS.get(str(config.get("model_type")))):
+            if token is not None and (id := backend.token_id(token)) is not None:
+                ends.add(id)
         return cls(backend, bos_token=bos, eos_token=eos, eos_token_ids=frozenset(ends))
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Ids of a text; with special tokens, whatever the tokenizer puts around a sequence."""
         try:
-            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
-        except (TypeError, UnicodeEncodeError):
+            text.encode()
+        except UnicodeEncodeError:
             # Half a surrogate pair, as a JSON escape can smuggle in, is no text.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
-        return list(encoding.ids)
+        return self._backend.encode(text, add_special_tokens)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens and ids outside the vocabulary leave none."""
-        return self._backend.decode(
-            [id for id in ids if 0 <= id < _MAX_ID], skip_special_tokens=True
-        )
+        return self._backend.decode([id for id in ids if 0 <= id < _MAX_ID])
 
     def token(self, id: int) -> str | None:
         """The vocabulary's own spelling of an id, None outside the vocabulary."""
-        return self._backend.id_to_token(id) if 0 <= id < _MAX_ID else None
+        return self._backend.token(id) if 0 <= id < _MAX_ID else None
 
     def token_bytes(self, id: int) -> bytes:
         """Bytes an id alone stands for; a special token's spelling; b"" outside the vocabulary.
@@ -116,7 +171,7 @@ class Tokenizer:
 
     def detokenizer(self) -> Detokenizer:
         """A new incremental decoder; `StreamingDetokenizer` is the way to use it."""
-        return detokenizer_for(self._decoder, self.decode)
+        return self._backend.detokenizer()
 
 
 class StreamingDetokenizer:
@@ -160,18 +215,3 @@ def read_chat_template(path: str | Path) -> str | None:
         }
         template = named.get("default")
     return template if isinstance(template, str) else None
-
-
-def _token_text(name: str, *sources: Mapping[str, Any]) -> str | None:
-    """A special token that a config file names as text or as {"content": text}."""
-    for source in sources:
-        value = source.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        # Half a surrogate pair, as a JSON escape can smuggle in, is no token's text.
-        if isinstance(value, str) and not re.search("[\ud800-\udfff]", value):
-            return value
-    return None
-
-
-_MAX_ID = 1 << 32  # the tokenizers library holds ids in 32 bits and raises on more

@@ -4,7 +4,8 @@ Paper: arXiv:2112.10668. Reference: transformers 5.23 `models/xglm` (checkpoint 
 
 What differs from a plain pre-norm transformer:
 - positions are sinusoids added to the embedding, sines in the first half of the channels and
-  cosines in the second, counted from 2; there is no limit to them;
+  cosines in the second, counted from 2; there is no limit to them; the one numbered pad_token_id
+  is zero, which the usual 1 never meets;
 - every linear has a bias; LayerNorm's eps is 1e-5, which no config key says; GELU is exact;
 - embeddings are scaled by sqrt(d_model) unless `scale_embedding` is false; the head is the
   embedding; queries, keys and values have the same number of heads.
@@ -130,6 +131,7 @@ class XGLM(nn.Module):
         self.layers = [Block(args) for _ in range(args.num_layers)]
         self.layer_norm = nn.LayerNorm(args.d_model)
         self.embedding_scale = math.sqrt(args.d_model) if args.scale_embedding else 1.0
+        self.padding_number = -1 if args.pad_token_id is None else args.pad_token_id
 
     def __call__(
         self, inputs: mx.array | None, cache: heads.States = None, call: Call | None = None
@@ -142,8 +144,11 @@ class XGLM(nn.Module):
         positions = call.positions(cache[0] if cache else None)
         if not isinstance(positions, mx.array) or positions.ndim == 1:
             positions = mx.array(positions).reshape(-1, 1) + mx.arange(T)  # [B or 1, T]
-        positions = mx.maximum(positions, 0)  # negative on padding, where nothing matters
-        x = x + sinusoids(positions + _FIRST_POSITION, dims).astype(x.dtype)
+        numbers = mx.maximum(positions, 0) + _FIRST_POSITION  # on padding anything will do
+        embedding = sinusoids(numbers, dims)
+        if self.padding_number >= _FIRST_POSITION:
+            embedding = mx.where((numbers == self.padding_number)[..., None], 0.0, embedding)
+        x = x + embedding.astype(x.dtype)
         return call.run(self.layers, self.layer_norm, x, cache)
 
 

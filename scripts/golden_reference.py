@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -10,8 +11,19 @@ from typing import Any
 
 import torch
 import transformers
-from golden_variants import ABSENT, BASE, FAMILIES, HEADS, VARIANTS, Variant
+from golden_variants import (
+    ABSENT,
+    BASE,
+    FAMILIES,
+    HEADS,
+    NO_EFFECT,
+    NOT_COVERED,
+    VARIANTS,
+    Variant,
+)
 from safetensors.torch import save
+
+IS_5 = transformers.__version__ >= "5"
 
 Tensors = dict[str, torch.Tensor]
 Case = tuple[Tensors, Tensors]
@@ -22,19 +34,37 @@ LAYERED_FIELDS = ("hidden_states", "attentions")
 # Norm weights that are stored as w and used as 1 + w.
 ZERO_CENTRED = ("recurrent_gemma", "gemma", "gemma2", "nemotron")
 
-SHORT = 30
+SHORT = 24
 LENGTHS = (SHORT, 1, 9, 17)
-DOCUMENTS = (11, 1, 18)
+DOCUMENTS = (9, 1, 14)
 
 
 def main(family: str, output: Path) -> None:
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     print(f"{family}: torch {torch.__version__}, transformers {transformers.__version__}")
-    for name, variant in VARIANTS.items():
-        if name.startswith(f"{family}_"):
-            with torch.no_grad():
-                write(Reference(name, family, variant), output)
+    references = [
+        Reference(name, family, variant)
+        for name, variant in VARIANTS.items()
+        if name.startswith(f"{family}_")
+    ]
+    require_every_field(references)
+    with torch.no_grad():
+        for reference in references:
+            write(reference, output)
+
+
+def require_every_field(references: "Sequence[Reference]") -> None:
+    """Stop if a field of the family's config class has its default in every variant."""
+    defaults = as_saved(type(references[0].config)())
+    varied = {
+        key
+        for reference in references
+        for key, value in as_saved(reference.config).items()
+        if value != defaults.get(key)
+    }
+    if missing := defaults.keys() - varied - NO_EFFECT - NOT_COVERED:
+        raise SystemExit(f"{references[0].family}: no variant changes {', '.join(sorted(missing))}")
 
 
 def write(reference: "Reference", output: Path) -> None:
@@ -136,13 +166,18 @@ class Reference:
 
     def saved_config(self) -> dict[str, Any]:
         """config.json as a checkpoint holds it."""
-        config = json.loads(self.config.to_json_string())
+        config = as_saved(self.config)
         config["architectures"] = [FAMILIES[self.family] + HEADS[self.variant.task]]
         config["dtype"] = self.variant.dtype
-        if self.variant.classic:
+        if self.variant.classic or not IS_5:
             config = classic(config)
         config |= self.variant.saved
         return {key: value for key, value in config.items() if value is not ABSENT}
+
+
+def as_saved(config: Any) -> dict[str, Any]:
+    saved: dict[str, Any] = json.loads(config.to_json_string())
+    return saved
 
 
 def classic(config: dict[str, Any]) -> dict[str, Any]:
@@ -199,8 +234,7 @@ def decode(reference: Reference, draw: Draw) -> Case:
     model, length = reference.model(), reference.variant.tokens
     ids = draw.ids(1, length)
     # transformers 4 returns a cache; 5 writes into the one that it is given.
-    takes = transformers.__version__ >= "5"
-    cache = transformers.DynamicCache(config=model.config) if takes else None
+    cache = transformers.DynamicCache(config=model.config) if IS_5 else None
     pieces = []
     edges = [0, *range(reference.variant.prefill, length + 1)]
     for begin, end in zip(edges, edges[1:], strict=False):
@@ -210,7 +244,7 @@ def decode(reference: Reference, draw: Draw) -> Case:
             use_cache=True,
             past_key_values=cache,
         )
-        cache = cache if takes else out.past_key_values
+        cache = cache if IS_5 else out.past_key_values
         pieces.append(out.logits)
     return {"input_ids": ids}, {"logits": torch.cat(pieces, dim=1)}
 

@@ -26,40 +26,33 @@ HEADS = {
 
 TRANSFORMER: dict[str, Any] = {
     "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 24,
+    "intermediate_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
 
 BASE: dict[str, dict[str, Any]] = {
-    "recurrent_gemma": TRANSFORMER
-    | {
-        "intermediate_size": 64,
-        "num_hidden_layers": 6,
-        "num_key_value_heads": 1,
-        "attention_window_size": 7,
+    "recurrent_gemma": {
+        **TRANSFORMER,
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
+        **{"num_key_value_heads": 1, "attention_window_size": 7},
     },
-    "gemma": TRANSFORMER | {"num_key_value_heads": 2, "head_dim": 12},
-    "gemma2": TRANSFORMER
-    | {
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 2,
-        "head_dim": 12,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 7,
+    "gemma": {**TRANSFORMER, "num_key_value_heads": 2, "head_dim": 12},
+    "gemma2": {
+        **TRANSFORMER,
+        **{"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 12},
+        **{"query_pre_attn_scalar": 16, "sliding_window": 7},
     },
-    "nemotron": TRANSFORMER | {"num_key_value_heads": 2, "head_dim": 12},
+    "nemotron": {**TRANSFORMER, "num_key_value_heads": 2, "head_dim": 12},
     "xglm": {
-        "vocab_size": 97,
-        "d_model": 32,
-        "ffn_dim": 48,
-        "num_layers": 2,
-        "attention_heads": 4,
+        **{"vocab_size": 97, "d_model": 24, "ffn_dim": 32, "num_layers": 2, "attention_heads": 4},
         "max_position_embeddings": 64,
     },
-    "open_llama": TRANSFORMER
-    | {"max_position_embeddings": 64, "use_memory_efficient_attention": False},
+    "open_llama": {
+        **TRANSFORMER,
+        **{"max_position_embeddings": 64, "use_memory_efficient_attention": False},
+    },
 }
 
 # Fields of the config classes that change nothing when a model is only run.
@@ -75,6 +68,7 @@ NOT_COVERED = {"add_cross_attention"}
 WHOLE = ("whole",)
 DECODER = ("whole", "decode")
 PADDED = ("left_padded", "right_padded")
+HIDDEN = ("whole", "hidden", *PADDED)
 EVERYTHING = (
     *DECODER,
     *("hidden", "attentions", "loss", "embeds", "positions", "packed"),
@@ -98,7 +92,7 @@ class Variant:
 
     task: str = "causal-lm"
 
-    tokens: int = 40
+    tokens: int = 36
     """Length of `whole` and `decode`."""
 
     prefill: int = 9
@@ -124,72 +118,64 @@ def rope(theta: float = 10000.0, kind: str = "default", **more: float) -> dict[s
 def of_every_family() -> dict[str, Variant]:
     variants = {}
     for family in FAMILIES:
-        variants |= {
-            f"{family}_default": Variant(cases=EVERYTHING, tokens=70),
-            f"{family}_base": Variant(task="base", tokens=30, cases=("whole", "hidden", *PADDED)),
-            f"{family}_bfloat16": Variant(cases=WHOLE, tokens=64, dtype="bfloat16"),
-            f"{family}_float16": Variant(cases=WHOLE, tokens=64, dtype="float16"),
-        }
+        variants[f"{family}_default"] = Variant(cases=EVERYTHING, tokens=70)
+        variants[f"{family}_base"] = Variant(task="base", tokens=24, cases=HIDDEN)
+        for dtype in ("bfloat16", "float16"):
+            variants[f"{family}_{dtype}"] = Variant(cases=WHOLE, tokens=64, dtype=dtype)
     return variants
 
 
 def of_sequence_classification() -> dict[str, Variant]:
+    def variant(*cases: str, **config: Any) -> Variant:
+        small = SMALL | {"pad_token_id": 5} | config
+        return Variant(task="sequence-classification", tokens=20, cases=cases, config=small)
+
     variants = {}
     for family in ("gemma", "gemma2", "nemotron", "open_llama"):
+        name = f"{family}_sequence"
+        variants[f"{name}_classification"] = variant(
+            *("whole", *PADDED, "embeds", "single_label", "multi_label"), num_labels=3
+        )
+        names = ("north", "east", "south", "west", "nowhere")
+        variants[f"{name}_id2label"] = variant(
+            *("whole", "single_label"), id2label=dict(enumerate(names))
+        )
+        variants[f"{name}_regression"] = variant("whole", "regression", num_labels=1)
+        # Float labels in three columns would be taken for several labels each.
+        variants[f"{name}_problem_type"] = variant(
+            *("whole", "regression"), num_labels=3, problem_type="regression"
+        )
+    # Nemotron's default: one row at a time, pooled at its last token.
+    variants["nemotron_sequence_no_pad"] = variant("whole", pad_token_id=None)
+    return variants
 
-        def variant(*cases: str, **config: Any) -> Variant:
-            small = SMALL | {"pad_token_id": 5} | config
-            return Variant(task="sequence-classification", tokens=20, cases=cases, config=small)
 
-        five = dict(enumerate(("north", "east", "south", "west", "nowhere")))
-        variants |= {
-            f"{family}_sequence_classification": variant(
-                *("whole", *PADDED, "embeds", "single_label", "multi_label"), num_labels=3
-            ),
-            f"{family}_sequence_id2label": variant("whole", "single_label", id2label=five),
-            f"{family}_sequence_regression": variant("whole", "regression", num_labels=1),
-            # Float labels of three columns would be taken for several labels each.
-            f"{family}_sequence_problem_type": variant(
-                "whole", "regression", num_labels=3, problem_type="regression"
-            ),
-        }
-    # Its default: without a padding id one row at a time, pooled at its last token.
-    variants["nemotron_sequence_no_pad"] = Variant(
-        task="sequence-classification", tokens=20, cases=WHOLE, config=SMALL
+def of_every_token() -> dict[str, Variant]:
+    cases = ("whole", *PADDED, "loss")
+    task = "token-classification"
+    variants = {
+        f"{family}_token_classification": Variant(
+            task=task, cases=cases, tokens=20, config=SMALL | {"num_labels": labels}
+        )
+        # Two labels are the default, which config.json does not mention.
+        for family, labels in (("gemma", 4), ("gemma2", 2), ("nemotron", 3))
+    }
+    task = "question-answering"
+    variants["nemotron_question_answering"] = Variant(
+        task=task, cases=cases, tokens=20, config=SMALL
     )
     return variants
 
 
-TOKEN_CASES = ("whole", *PADDED, "loss")
-
-OTHER_HEADS = {
-    "gemma_token_classification": Variant(
-        task="token-classification",
-        cases=TOKEN_CASES,
-        tokens=20,
-        config=SMALL | {"num_labels": 4},
-    ),
-    # Two labels: the default, which config.json does not mention.
-    "gemma2_token_classification": Variant(
-        task="token-classification", cases=TOKEN_CASES, tokens=20, config=SMALL
-    ),
-    "nemotron_token_classification": Variant(
-        task="token-classification",
-        cases=TOKEN_CASES,
-        tokens=20,
-        config=SMALL | {"num_labels": 3},
-    ),
-    "nemotron_question_answering": Variant(
-        task="question-answering", cases=TOKEN_CASES, tokens=20, config=SMALL
-    ),
-}
-
 RECURRENT_GEMMA = {
+    "recurrent_gemma_default": Variant(
+        cases=EVERYTHING, tokens=70, config={"num_hidden_layers": 6}
+    ),
     "recurrent_gemma_lru_width": Variant(
         prefill=3,
         classic=True,
         config={
-            "lru_width": 48,
+            "lru_width": 40,
             "num_key_value_heads": 2,
             "conv1d_width": 2,
             "num_hidden_layers": 4,
@@ -213,32 +199,23 @@ RECURRENT_GEMMA = {
     ),
     "recurrent_gemma_all_recurrent": Variant(
         cases=WHOLE,
-        tokens=33,
         classic=True,
-        config={"block_types": ["recurrent"], "num_hidden_layers": 2, "conv1d_width": 3},
+        config={"block_types": ["recurrent"], "conv1d_width": 3},
     ),
     "recurrent_gemma_all_attention": Variant(
-        prefill=12,
-        config={"block_types": ["attention"], "num_hidden_layers": 2},
+        prefill=12, config={"block_types": ["attention"], "num_hidden_layers": 2}
     ),
     "recurrent_gemma_wide_window": Variant(
-        cases=WHOLE,
-        tokens=33,
-        config={"attention_window_size": 64, "num_hidden_layers": 3, "rms_norm_eps": 1e-3},
+        cases=WHOLE, config={"attention_window_size": 64, "rms_norm_eps": 1e-3}
     ),
     # DeepMind's window of W is transformers' of W + 1.
     "recurrent_gemma_window_plus_self": Variant(
         cases=WHOLE,
-        config={"attention_window_size": 8, "num_hidden_layers": 3},
+        config={"attention_window_size": 8},
         saved={"attention_window_size": 7, "attention_window_includes_self": False},
     ),
     "recurrent_gemma_untied": Variant(
-        config={
-            "tie_word_embeddings": False,
-            "conv1d_width": 1,
-            "num_hidden_layers": 3,
-            "pad_token_id": 3,
-        },
+        config={"tie_word_embeddings": False, "conv1d_width": 1, "pad_token_id": 3}
     ),
 }
 
@@ -256,12 +233,12 @@ GEMMA = {
             "attention_bias": True,
             "num_key_value_heads": 4,
             "max_position_embeddings": 16,
-        },
+        }
     ),
     "gemma_untied": Variant(config={"tie_word_embeddings": False, **rope(500.0)}),
     "gemma_linear": Variant(config=rope(kind="linear", factor=2.5)),
     "gemma_bidirectional": Variant(
-        cases=("whole", "hidden", *PADDED), config={"use_bidirectional_attention": True}
+        cases=HIDDEN, tokens=24, config=SMALL | {"use_bidirectional_attention": True}
     ),
 }
 
@@ -293,7 +270,7 @@ GEMMA2 = {
             "sliding_window": 3,
             "layer_types": ["full_attention", "full_attention", "sliding_attention"],
             "max_position_embeddings": 16,
-        },
+        }
     ),
     "gemma2_softcaps": Variant(
         config={
@@ -301,7 +278,7 @@ GEMMA2 = {
             "final_logit_softcapping": 2.0,
             "hidden_activation": "gelu",
             "rms_norm_eps": 1e-3,
-        },
+        }
     ),
     "gemma2_no_softcaps": Variant(
         config={
@@ -309,14 +286,16 @@ GEMMA2 = {
             "final_logit_softcapping": None,
             "attention_bias": True,
             "tie_word_embeddings": False,
-        },
+        }
     ),
     "gemma2_linear": Variant(classic=True, config=rope(500.0, "linear", factor=2.5)),
     # transformers' masks keep W keys to either side where its flash attention, the only one that
     # knows this option of Gemma 2, keeps W - 1; and as many key heads as rows.
     "gemma2_bidirectional": Variant(
-        cases=("whole", "hidden", *PADDED),
+        cases=HIDDEN,
+        tokens=24,
         config={
+            **SMALL,
             "use_bidirectional_attention": True,
             "sliding_window": 6,
             "num_attention_heads": 8,
@@ -332,10 +311,8 @@ NEMOTRON = {
         classic=True,
         config={"head_dim": 16, **rope(500.0, partial_rotary_factor=0.25)},
         saved={
-            "head_dim": ABSENT,
-            "kv_channels": 16,
-            "partial_rotary_factor": ABSENT,
-            "rope_percent": 0.25,
+            **{"kv_channels": 16, "head_dim": ABSENT},
+            **{"rope_percent": 0.25, "partial_rotary_factor": ABSENT},
         },
     ),
     "nemotron_silu": Variant(
@@ -345,7 +322,7 @@ NEMOTRON = {
             "attention_bias": True,
             "mlp_bias": True,
             "max_position_embeddings": 16,
-        },
+        }
     ),
     "nemotron_tied": Variant(
         config={"tie_word_embeddings": True, **rope(500.0, partial_rotary_factor=1.0)}
@@ -365,10 +342,10 @@ XGLM = {
             "activation_function": "relu",
             "tie_word_embeddings": False,
             "ffn_dim": 40,
-        },
+        }
     ),
     # An odd width leaves the last channel without a position.
-    "xglm_odd_width": Variant(classic=True, config={"d_model": 33, "attention_heads": 3}),
+    "xglm_odd_width": Variant(classic=True, config={"d_model": 27, "attention_heads": 3}),
     "xglm_short_table": Variant(
         cases=(*DECODER, "left_padded"), config={"max_position_embeddings": 8}
     ),
@@ -377,7 +354,7 @@ XGLM = {
         config={"pad_token_id": 5},
         saved={
             **{"d_model": ABSENT, "num_layers": ABSENT, "attention_heads": ABSENT},
-            **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+            **{"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4},
         },
     ),
 }
@@ -390,24 +367,18 @@ OPEN_LLAMA = {
             "rope_theta": 500.0,
             "hidden_act": "gelu",
             "rms_norm_eps": 1e-3,
-        },
+        }
     ),
     # Either option makes the embedding the head.
     "open_llama_tied": Variant(
         config={"shared_input_output_embedding": False, "tie_word_embeddings": True},
-        saved={
-            "use_memorry_efficient_attention": True,
-            "use_memory_efficient_attention": ABSENT,
-        },
+        saved={"use_memorry_efficient_attention": True, "use_memory_efficient_attention": ABSENT},
     ),
     "open_llama_linear": Variant(config={"rope_scaling": {"type": "linear", "factor": 2.5}}),
     # A cached key keeps the base of its time, so only whole calls are a reference.
     "open_llama_dynamic": Variant(
         cases=("whole", *PADDED),
-        config={
-            "max_position_embeddings": 16,
-            "rope_scaling": {"type": "dynamic", "factor": 3.0},
-        },
+        config={"max_position_embeddings": 16, "rope_scaling": {"type": "dynamic", "factor": 3.0}},
     ),
     "open_llama_dynamic_one_layer": Variant(
         cases=("whole", "prefixes"),
@@ -432,7 +403,7 @@ OPEN_LLAMA = {
 VARIANTS = {
     **of_every_family(),
     **of_sequence_classification(),
-    **OTHER_HEADS,
+    **of_every_token(),
     **RECURRENT_GEMMA,
     **GEMMA,
     **GEMMA2,

@@ -11,11 +11,12 @@ uv builds the environment named above, outside the repository, and runs this in 
 
 Per family: the trained model, the tokenizer.json that transformers converts it to,
 tokenizer_config.json, config.json with the special ids, and expected.json: for every text of
-texts.json the ids that the slow tokenizer, which asks sentencepiece itself, gives, and the text that
+texts.json the ids that the slow tokenizer gives, which asks sentencepiece itself, and the text that
 the converted one decodes them to.
 """
 
 import argparse
+import io
 import json
 import lzma
 import shutil
@@ -40,7 +41,8 @@ OUTPUT = Path(__file__).resolve().parent.parent / "tests" / "golden" / "tokenize
 
 # What the models are trained on. Enough of every script for pieces of it to be learned, and too
 # little for all of its characters, so that byte fallback and unknown pieces occur as well.
-CORPUS = """\
+CORPUS = (
+    """\
 The keeper of the lighthouse counted the ships that passed, and wrote each of them in his book.
 She said: "Nothing is older than the sea, and nothing is younger than this morning's wave."
 It's raining again; the streets are empty, the windows are lit, and the kettle is on the stove.
@@ -71,7 +73,9 @@ El niño mañana irá a la montaña con su corazón lleno de alegría. ¿Por qu�
 שלום עולם, זה משפט בעברית. הים גדול והשמים כחולים.
 नमस्ते दुनिया, यह हिंदी में एक वाक्य है। आज मौसम अच्छा है।
 Emoji: 😀 😀 😂 🎉 👍 👍 ❤️ 🚀 and more words with 😀 smiles 😂 and 🎉 cake.
-""".splitlines() * 4
+""".splitlines()
+    * 4
+)
 
 TEXTS = [
     "",
@@ -93,7 +97,7 @@ TEXTS = [
     "line\nline\n\nline\n\n\nline",
     "carriage\r\nreturn\r\n",
     "  \n  mixed \t \n ",
-    "    if not values:\n        raise ValueError(\"no values\")\n",
+    '    if not values:\n        raise ValueError("no values")\n',
     "a\x00b",
     "\x00",
     "\x01\x02\x07\x08\x0b\x0c\x1b[31mred\x7f\x80\x9f",
@@ -124,7 +128,7 @@ TEXTS = [
     "Привет, мир! Ёлка",
     "def f(x):\n\treturn x  # tab\n",
     "for (int i = 0; i < n; ++i) { total += a[i]; }",
-    "<div class=\"note\"><h1>Title</h1></div>",
+    '<div class="note"><h1>Title</h1></div>',
     "a=b+c;//d\\n\\t\\x00 %s {0} ${x}",
     "0123456789",
     "3.14159 1,000,000 -5 1e-10 0x1F 12:34",
@@ -234,7 +238,9 @@ class NemotronConverter(convert_slow_tokenizer.LlamaConverter):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="default tests/golden/tokenizers")
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, help="default tests/golden/tokenizers"
+    )
     output: Path = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "texts.json", TEXTS)
@@ -243,11 +249,11 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         name = "sentencepiece.bpe.model" if family == "xglm" else "tokenizer.model"
-        with tempfile.TemporaryDirectory() as scratch:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(CORPUS), model_prefix=f"{scratch}/m", **options
-            )
-            shutil.copy(f"{scratch}/m.model", folder / name)
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS), model_writer=model, **options
+        )
+        (folder / name).write_bytes(model.getvalue())
         write_json(folder / "config.json", CONFIGS[family])
         write_references(family, folder, str(folder / name))
         if family == "xglm":
@@ -280,7 +286,10 @@ def record(folder: Path, suffix: str, slow: Any, fast_class: Any) -> None:
         slow.save_pretrained(scratch)
         settings = json.loads((Path(scratch) / "tokenizer_config.json").read_text())
         if fast_class is None:
-            fast = PreTrainedTokenizerFast(tokenizer_object=NemotronConverter(slow).converted())
+            names = {key: settings[key] for key in ("bos_token", "eos_token", "unk_token")}
+            converted = NemotronConverter(slow).converted()
+            fast = PreTrainedTokenizerFast(tokenizer_object=converted, **names)
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         else:
             # Built with no more than the path of the model, Llama's would lose its prefix space.
             fast = fast_class.from_pretrained(scratch)
@@ -292,7 +301,7 @@ def record(folder: Path, suffix: str, slow: Any, fast_class: Any) -> None:
 
 
 def move_character_map(output: Path, folder: Path, name: str) -> None:
-    """The normaliser's map is in the model and in tokenizer.json, 560 kB; once, packed, is 82 kB."""
+    """The normaliser's map, 560 kB in the model and tokenizer.json, goes to a file: 82 kB."""
     proto = sentencepiece_model_pb2.ModelProto.FromString((folder / name).read_bytes())
     map_ = proto.normalizer_spec.precompiled_charsmap
     proto.normalizer_spec.ClearField("precompiled_charsmap")

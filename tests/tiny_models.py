@@ -53,6 +53,38 @@ RECURRENT_GEMMA: dict[str, Any] = {
     "vocab_size": 259,
 }
 
+GEMMA: dict[str, Any] = {
+    "model_type": "gemma",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "vocab_size": 259,
+}
+
+GEMMA2 = GEMMA | {
+    "model_type": "gemma2",
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "sliding_window": 8,
+    "query_pre_attn_scalar": 16,
+}
+
+NEMOTRON = GEMMA | {"model_type": "nemotron", "num_key_value_heads": 2}
+
+XGLM: dict[str, Any] = {
+    "model_type": "xglm",
+    "d_model": 32,
+    "ffn_dim": 64,
+    "num_layers": 2,
+    "attention_heads": 4,
+    "max_position_embeddings": 512,
+    "vocab_size": 259,
+}
+
 # A family of mlx-lm's zoo that we do not port.
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

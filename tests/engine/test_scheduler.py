@@ -32,10 +32,27 @@ from app.engine.protocol import (
 from app.engine.sampling import logprobs_of
 from app.engine.scheduler import Scheduler
 
-from ..tiny_models import LLAMA, OPEN_LLAMA, RECURRENT_GEMMA, write_model
+from ..tiny_models import (
+    GEMMA,
+    GEMMA2,
+    LLAMA,
+    NEMOTRON,
+    OPEN_LLAMA,
+    RECURRENT_GEMMA,
+    XGLM,
+    write_model,
+)
 
-FAMILIES = {"open_llama": OPEN_LLAMA, "recurrent_gemma": RECURRENT_GEMMA, "zoo llama": LLAMA}
-# Shorter than, equal to and many times RecurrentGemma's window of 8, and past one prefill chunk.
+FAMILIES = {
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "nemotron": NEMOTRON,
+    "open_llama": OPEN_LLAMA,
+    "recurrent_gemma": RECURRENT_GEMMA,
+    "xglm": XGLM,
+    "zoo llama": LLAMA,
+}
+# Shorter than, equal to and many times the sliding windows of 8, and past one prefill chunk.
 LENGTHS = [1, 2, 7, 8, 9, 40, 41, 300]
 
 

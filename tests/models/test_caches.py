@@ -34,10 +34,11 @@ def code(row: int, position: int) -> float:
 
 def read(cache: Any, rows: list[int], n: int, dtype: mx.Dtype = mx.float32) -> None:
     """Let the cache read n tokens of every row, and check all that it shows for them."""
-    cache._fit(len(rows))
-    offsets, counts = cache.offsets, cache._counts(n)
+    offsets = cache.offsets if cache.batch_size == len(rows) else [0] * len(rows)
+    remaining = cache.state[3]
+    counts = [n] * len(rows) if remaining is None else [min(n, left) for left in remaining]
     written = [
-        [code(row, offset + t) if 0 <= offset + t and t < count else PADDING for t in range(n)]
+        [code(row, offset + t) if offset + t >= 0 and t < count else PADDING for t in range(n)]
         for row, offset, count in zip(rows, offsets, counts, strict=True)
     ]
     keys = mx.array(written, dtype)[:, None, :, None]  # [B, 1, n, 1]

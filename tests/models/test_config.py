@@ -180,7 +180,6 @@ def test_whole_floats_are_integers_and_others_are_not() -> None:
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling"),
         ({"rope_parameters": "default"}, "expected an object"),
-        ({"tie_word_embeddings": False}, "sets tie_word_embeddings to False"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor to 1.5"),
         ({"partial_rotary_factor": 0.0}, "partial_rotary_factor to 0.0"),
         ({"attention_window_size": 0}, "attention_window_size to 0"),

@@ -9,12 +9,11 @@ import mlx.core as mx
 import pytest
 
 from mlxmodels.cache import RecurrentState, WindowCache
-from mlxmodels.full_cache import FullCache
 
 from ..tolerance import assert_logits_close
 from .conftest import CONFIGS, OPEN_LLAMA, RECURRENT_GEMMA, random_model
 
-FAMILIES = ["recurrent_gemma", "open_llama"]
+FAMILIES = ["recurrent_gemma", "gemma2", "open_llama"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -239,15 +238,6 @@ def test_left_padding_writes_no_key_into_a_ring(size: int, tokens: mx.array) -> 
             assert mx.any(state.keys[0]).item()
 
 
-def test_only_a_call_that_holds_a_row_s_start_resets() -> None:
-    state = RecurrentState()
-    reset, lengths = state.begin(mx.zeros((2, 3, 4)))
-    assert reset is not None and reset.tolist() == [[True, False, False]] * 2
-    assert lengths is None
-    state.advance(3)
-    assert state.begin(mx.zeros((2, 1, 4))) == (None, None)
-
-
 def test_states_measure_themselves(model: Any, tokens: mx.array) -> None:
     cache = model.make_cache()
     assert all(state.empty() and state.nbytes == 0 and state.offset == 0 for state in cache)
@@ -276,8 +266,11 @@ def test_the_recurrent_state_is_float32_whatever_the_weights(
 ) -> None:
     model = random_model(RECURRENT_GEMMA)
     model.set_dtype(dtype)
-    cache = prefilled(model, tokens)
-    logits = model(tokens[:, :1], cache=cache)
+    cache = merged([model.make_cache(), prefilled(model, tokens), prefilled(model, tokens[:, :2])])
+    for state in cache:
+        state.extend(state.extract(1))
+        state.filter([3, 0])
+    logits = model(mx.concatenate([tokens[:, :1]] * 2), cache=cache)
     assert logits.dtype == dtype and mx.isfinite(logits).all()
     for state in cache:
         if isinstance(state, RecurrentState):
@@ -306,54 +299,3 @@ def test_a_window_can_be_trimmed_only_before_it_wraps(tokens: mx.array) -> None:
     assert_logits_close("next", logits[:, -1], last_alone(model, text))
     model(tokens[:, :3], cache=cache)
     assert not any(state.is_trimmable() or state.trim(1) for state in cache)
-    assert not RecurrentState().is_trimmable() and RecurrentState().trim(1) == 0
-
-
-def test_masks_are_only_built_when_rows_need_them() -> None:
-    cache = FullCache()
-    assert cache.make_mask(1) is None and cache.make_mask(5) == "causal"
-    assert isinstance(cache.make_mask(5, return_array=True), mx.array)
-    recurrent = RecurrentState()
-    assert recurrent.make_mask(5) is None
-    recurrent.prepare(left_padding=[0, 2])
-    assert recurrent.make_mask(3).tolist() == [[True] * 3, [False, False, True]]
-    recurrent.advance(3)
-    recurrent.prepare(lengths=[1, 3])
-    assert recurrent.make_mask(3).tolist() == [[True, False, False], [True] * 3]
-
-
-def test_misuse_is_refused(tokens: mx.array) -> None:
-    cache = FullCache()
-    with pytest.raises(ValueError, match="right padding needs lengths"):
-        cache.prepare(right_padding=[0, 3])
-    keys = mx.zeros((2, 1, 3, 4))
-    cache.update(keys, keys)
-    cache.advance(3)
-    with pytest.raises(ValueError, match="left padding needs an empty state"):
-        cache.prepare(left_padding=[0, 1])
-    with pytest.raises(ValueError, match="expected 2 rows, got 3"):
-        cache.update(mx.zeros((3, 1, 1, 4)), mx.zeros((3, 1, 1, 4)))
-    cache.prepare(lengths=[1, 2])
-    with pytest.raises(ValueError, match="finalize padded rows"):
-        cache.filter([0])
-    with pytest.raises(ValueError, match="same window"):
-        WindowCache.merge([WindowCache(4), WindowCache(5)])
-
-
-def test_mlx_lm_s_batch_generator_gives_each_row_its_own_tokens(
-    model: Any, tokens: mx.array
-) -> None:
-    from mlx_lm.generate import BatchGenerator
-
-    prompts = [tokens[0, :n].tolist() for n in (17, 3, 25, 9)]
-    generator = BatchGenerator(model, prefill_step_size=8)
-    uids = generator.insert(prompts, [6] * len(prompts))
-    produced: dict[int, list[int]] = {uid: [] for uid in uids}
-    while responses := generator.next_generated():
-        for response in responses:
-            produced[response.uid].append(response.token)
-    for uid, prompt in zip(uids, prompts, strict=True):
-        text = list(prompt)
-        for _ in range(6):
-            text.append(int(model(mx.array([text]))[0, -1].argmax().item()))
-        assert produced[uid] == text[len(prompt) :]

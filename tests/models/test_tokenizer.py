@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,13 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from mlxmodels import ModelError
-from mlxmodels.tokenizer import StreamingDetokenizer, Tokenizer, read_chat_template
+from mlxmodels.detokenizer import Window, detokenizer_for
+from mlxmodels.tokenizer import (
+    StreamingDetokenizer,
+    Tokenizer,
+    TokenizerJson,
+    read_chat_template,
+)
 
 SAMPLES = [
     "",
@@ -79,6 +87,14 @@ def word_piece() -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def spelled_bytes() -> tokenizers.Tokenizer:
+    """Byte tokens under a decoder in an order of its own, for which there is no table."""
+    tokenizer = byte_fallback(strip=False)
+    steps = [decoders.ByteFallback(), decoders.Replace("▁", " "), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
 KINDS = {
     "byte_level": byte_level,
     "byte_fallback": lambda: byte_fallback(strip=False),
@@ -88,9 +104,13 @@ KINDS = {
 }
 
 
+def wrapped(tokenizer: tokenizers.Tokenizer) -> Tokenizer:
+    return Tokenizer(TokenizerJson(tokenizer))
+
+
 @pytest.fixture(params=KINDS)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return Tokenizer(KINDS[request.param]())
+    return wrapped(KINDS[request.param]())
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -116,7 +136,7 @@ def test_random_ids_stream_as_they_decode(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 def test_random_bytes_stream_as_they_decode(kind: str) -> None:
-    tokenizer = Tokenizer(KINDS[kind]())
+    tokenizer = wrapped(KINDS[kind]())
     of_byte = {tokenizer.token_bytes(id): id for id in reversed(range(tokenizer.vocab_size))}
     generator = random.Random(11)
     for _ in range(400):
@@ -129,7 +149,7 @@ def test_random_bytes_stream_as_they_decode(kind: str) -> None:
 
 
 def test_incomplete_bytes_are_held_back() -> None:
-    tokenizer = Tokenizer(byte_level())
+    tokenizer = wrapped(byte_level())
     stream = StreamingDetokenizer(tokenizer)
     ids = tokenizer.encode("€!", add_special_tokens=False)
     assert [stream.add(id) for id in ids] == ["", "", "€", "!"]
@@ -146,7 +166,7 @@ def test_special_and_unknown_ids_leave_no_text(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "metaspace"])
 def test_table_decoders_never_decode_a_window(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = Tokenizer(KINDS[kind]())
+    tokenizer = wrapped(KINDS[kind]())
     stream = StreamingDetokenizer(tokenizer)
 
     def decode(ids: object) -> str:
@@ -158,20 +178,75 @@ def test_table_decoders_never_decode_a_window(kind: str, monkeypatch: pytest.Mon
     stream.finish()
 
 
+@pytest.mark.parametrize("spaces", range(4))
+def test_as_many_spaces_are_stripped_as_the_decoder_says(spaces: int) -> None:
+    backend = byte_fallback(strip=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", spaces, 0)])
+    tokenizer = wrapped(backend)
+    tokens = ["▁", "▁▁", "▁w", "H", "<0x20>"]
+    ids = [backend.token_to_id(token) for token in tokens]
+    for length in range(5):
+        for row in itertools.product(ids, repeat=length):
+            assert streamed(tokenizer, list(row)) == tokenizer.decode(row), row
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_a_metaspace_keeps_its_scheme_and_its_mark(scheme: str) -> None:
+    backend = metaspace()
+    backend.add_tokens(["_a", "_", "__b"])
+    backend.decoder = decoders.Metaspace(replacement="_", prepend_scheme=scheme)
+    tokenizer = wrapped(backend)
+    ids = [backend.token_to_id(token) for token in ("_a", "_", "__b", "▁", "H")]
+    for row in itertools.product(ids, repeat=3):
+        assert streamed(tokenizer, list(row)) == tokenizer.decode(row), row
+
+
+def test_an_unknown_decoder_holds_characters_back_but_not_for_ever() -> None:
+    tokenizer = wrapped(spelled_bytes())
+    stream = StreamingDetokenizer(tokenizer)
+    pieces = [stream.add(1 + byte) for byte in "é😀日".encode()]
+    assert pieces == ["", "é", "", "", "", "😀", "", "", "日"]
+
+    stream = StreamingDetokenizer(tokenizer)
+    held = list(
+        itertools.takewhile(lambda piece: piece == "", (stream.add(129) for _ in range(999)))
+    )
+    assert 4 < len(held) < 64
+
+
+def test_an_unknown_decoder_decodes_a_short_window_only() -> None:
+    tokenizer = wrapped(spelled_bytes())
+    decoded: list[int] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        decoded.append(len(ids))
+        return tokenizer.decode(ids)
+
+    generator = random.Random(3)
+    stream = detokenizer_for({"type": "nothing known"}, decode)
+    assert isinstance(stream, Window)
+    for _ in range(4000):
+        byte = generator.choice([0x41, 0x80, 0xE6, 0xFF])
+        stream.add(1 + byte, f"<0x{byte:02X}>")
+    stream.finish()
+    assert max(decoded) < 128 and len(decoded) < 3 * 4000
+
+
 def test_token_bytes_name_one_token() -> None:
-    tokenizer = Tokenizer(byte_level())
+    tokenizer = wrapped(byte_level())
     (id,) = tokenizer.encode("Hell", add_special_tokens=False)
     assert tokenizer.token_bytes(id) == b"Hell"
-    assert tokenizer.token_bytes(tokenizer._backend.token_to_id("æĹ")) == "日".encode()[:2]
-    assert tokenizer.token_bytes(tokenizer._backend.token_to_id("<s>")) == b"<s>"
+    assert tokenizer.token_bytes(tokenizer._backend.token_id("æĹ")) == "日".encode()[:2]
+    assert tokenizer.token_bytes(tokenizer._backend.token_id("<s>")) == b"<s>"
     assert tokenizer.token_bytes(10**6) == b""
-    fallback = Tokenizer(byte_fallback(strip=True))
+    fallback = wrapped(byte_fallback(strip=True))
     assert fallback.token_bytes(1 + 0xE6) == b"\xe6"
-    assert fallback.token_bytes(fallback._backend.token_to_id("▁w")) == b" w"
+    assert fallback.token_bytes(fallback._backend.token_id("▁w")) == b" w"
 
 
 def test_half_a_surrogate_pair_is_replaced() -> None:
-    tokenizer = Tokenizer(byte_level())
+    tokenizer = wrapped(byte_level())
     ids = tokenizer.encode("a\ud83db", add_special_tokens=False)
     assert tokenizer.decode(ids) == "a\ufffdb"
 
@@ -180,7 +255,7 @@ def test_truncation_and_padding_of_the_file_are_off() -> None:
     backend = byte_level()
     backend.enable_truncation(4)
     backend.enable_padding(length=16)
-    assert len(Tokenizer(backend).encode("Hello, world!", add_special_tokens=False)) == 9
+    assert len(wrapped(backend).encode("Hello, world!", add_special_tokens=False)) == 9
 
 
 def test_special_tokens_come_from_any_file(tmp_path: Path) -> None:
@@ -199,9 +274,29 @@ def test_special_tokens_come_from_any_file(tmp_path: Path) -> None:
     assert by_id.bos_token == "<s>" and by_id.eos_token_ids == {3}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 5]}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
     full = Tokenizer.from_directory(tmp_path)
     assert full.eos_token_ids == {3, 4, 5, eos} and full.eos_token == "</s>"
     assert full.special_ids == {bos, eos}
+
+
+@pytest.mark.parametrize(
+    ("family", "end"),
+    [
+        ("gemma", "<end_of_turn>"),
+        ("gemma2", "<end_of_turn>"),
+        ("recurrent_gemma", "<end_of_turn>"),
+        ("nemotron", "<extra_id_1>"),
+        ("llama", None),
+    ],
+)
+def test_a_turn_ends_where_the_family_says(tmp_path: Path, family: str, end: str | None) -> None:
+    backend = byte_level()
+    backend.add_special_tokens(["<end_of_turn>", "<extra_id_1>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "eos_token_id": 3}))
+    wanted = {3} if end is None else {3, backend.token_to_id(end)}
+    assert Tokenizer.from_directory(tmp_path).eos_token_ids == wanted
 
 
 def test_an_unreadable_template_is_one_sentence(tmp_path: Path) -> None:
