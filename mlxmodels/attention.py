@@ -67,6 +67,36 @@ class Call:
             self.hidden_states.append(x)
 
 
+class GroupedQueryProjections(nn.Module):
+    """Linears of grouped-query attention under the names that most families give them."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        key_heads: int,
+        head_dim: int,
+        *,
+        bias: bool = False,
+        output_bias: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, key_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, key_heads * head_dim, bias=bias)
+        output_bias = bias if output_bias is None else output_bias
+        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=output_bias)
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries [B, H, T, D], keys and values [B, Hkv, T, D] of x [B, T, hidden_size]."""
+        return (
+            split_heads(self.q_proj(x), self.head_dim),
+            split_heads(self.k_proj(x), self.head_dim),
+            split_heads(self.v_proj(x), self.head_dim),
+        )
+
+
 def split_heads(x: mx.array, head_dim: int) -> mx.array:
     """[B, T, heads * D] to [B, heads, T, D]."""
     B, T, _ = x.shape

@@ -24,11 +24,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxmodels import config, heads
-from mlxmodels.attention import Call, full_attention, split_heads, window_attention
+from mlxmodels.attention import Call, GroupedQueryProjections, full_attention, window_attention
 from mlxmodels.cache import WindowCache
 from mlxmodels.errors import ModelError
 from mlxmodels.full_cache import FullCache
-from mlxmodels.layers import GatedMLP, RMSNorm1P, Rotary, activation, softcap
+from mlxmodels.layers import GatedMLP, RMSNorm1P, Rotary, activation, embed, softcap
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -93,32 +93,29 @@ class ModelArgs(config.ModelArgs):
             )
 
 
-class Attention(nn.Module):
+class Attention(GroupedQueryProjections):
     """Attention to everything before or to a window of it, grouped-query, scores soft-capped."""
 
     def __init__(self, args: ModelArgs, kind: str) -> None:
-        super().__init__()
+        super().__init__(
+            args.hidden_size,
+            args.num_attention_heads,
+            args.num_key_value_heads,
+            args.head_dim,
+            bias=args.attention_bias,
+        )
         self.window = args.sliding_window if kind == SLIDING else None
-        self.head_dim = args.head_dim
         self._terms = {
             "scale": args.query_pre_attn_scalar**-0.5,
             "softcap": args.attn_logit_softcapping,
             "bidirectional": args.use_bidirectional_attention,
         }
-        width, bias = args.hidden_size, args.attention_bias
-        query_width = args.num_attention_heads * args.head_dim
-        key_width = args.num_key_value_heads * args.head_dim
-        self.q_proj = nn.Linear(width, query_width, bias=bias)
-        self.k_proj = nn.Linear(width, key_width, bias=bias)
-        self.v_proj = nn.Linear(width, key_width, bias=bias)
-        self.o_proj = nn.Linear(query_width, width, bias=bias)
         self._rope = Rotary(args.head_dim, args.rope_theta, 1.0 / args.rope_factor)
 
     def __call__(self, x: mx.array, cache: Any, call: Call) -> mx.array:
+        q, k, v = self.project(x)
         positions = call.positions(cache)
-        q = self._rope(split_heads(self.q_proj(x), self.head_dim), positions)
-        k = self._rope(split_heads(self.k_proj(x), self.head_dim), positions)
-        v = split_heads(self.v_proj(x), self.head_dim)
+        q, k = self._rope(q, positions), self._rope(k, positions)
         if self.window is not None:
             out = window_attention(q, k, v, cache, call, window=self.window, **self._terms)
         else:
@@ -159,7 +156,7 @@ class Gemma2(nn.Module):
         call = call or Call()
         x = call.inputs_embeds
         if x is None:
-            x = self.embed_tokens(inputs) * self.embedding_scale
+            x = embed(self.embed_tokens, inputs, self.norm) * self.embedding_scale
         return call.run(self.layers, self.norm, x, cache)
 
 

@@ -20,9 +20,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxmodels import config, heads
-from mlxmodels.attention import Call, full_attention, split_heads
+from mlxmodels.attention import Call, GroupedQueryProjections, full_attention
 from mlxmodels.full_cache import FullCache
-from mlxmodels.layers import Rotary, activation
+from mlxmodels.layers import Rotary, activation, embed
 
 
 @dataclass
@@ -88,27 +88,24 @@ class LayerNorm1P(nn.Module):
         return mx.fast.layer_norm(x, weight, bias, self.eps).astype(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention(GroupedQueryProjections):
     """Attention to everything before, grouped-query, partially rotary."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
         assert args.head_dim is not None and args.num_key_value_heads is not None
-        self.head_dim = args.head_dim
-        width, bias = args.hidden_size, args.attention_bias
-        query_width = args.num_attention_heads * args.head_dim
-        key_width = args.num_key_value_heads * args.head_dim
-        self.q_proj = nn.Linear(width, query_width, bias=bias)
-        self.k_proj = nn.Linear(width, key_width, bias=bias)
-        self.v_proj = nn.Linear(width, key_width, bias=bias)
-        self.o_proj = nn.Linear(query_width, width, bias=bias)
+        super().__init__(
+            args.hidden_size,
+            args.num_attention_heads,
+            args.num_key_value_heads,
+            args.head_dim,
+            bias=args.attention_bias,
+        )
         self._rope = Rotary(args.rotary_dims, args.rope_theta, 1.0 / args.rope_factor)
 
     def __call__(self, x: mx.array, cache: FullCache | None, call: Call) -> mx.array:
+        q, k, v = self.project(x)
         positions = call.positions(cache)
-        q = self._rope(split_heads(self.q_proj(x), self.head_dim), positions)
-        k = self._rope(split_heads(self.k_proj(x), self.head_dim), positions)
-        v = split_heads(self.v_proj(x), self.head_dim)
+        q, k = self._rope(q, positions), self._rope(k, positions)
         if cache is not None:
             k, v = cache.update(k, v)
         return self.o_proj(full_attention(q, k, v, cache, call, scale=self.head_dim**-0.5))
@@ -149,7 +146,9 @@ class Nemotron(nn.Module):
         self, inputs: mx.array | None, cache: heads.States = None, call: Call | None = None
     ) -> mx.array:
         call = call or Call()
-        x = self.embed_tokens(inputs) if call.inputs_embeds is None else call.inputs_embeds
+        x = call.inputs_embeds
+        if x is None:
+            x = embed(self.embed_tokens, inputs, self.norm)
         return call.run(self.layers, self.norm, x, cache)
 
 

@@ -27,10 +27,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxmodels import config, heads
-from mlxmodels.attention import Call, full_attention, split_heads
+from mlxmodels.attention import Call, GroupedQueryProjections, full_attention
 from mlxmodels.errors import ModelError
 from mlxmodels.full_cache import FullCache
-from mlxmodels.layers import GatedMLP, Rotary, activation, rotate
+from mlxmodels.layers import GatedMLP, Rotary, activation, embed, rotate
 
 
 @dataclass
@@ -108,18 +108,14 @@ class DynamicRotary:
         return float(self.base * growth ** (self.dims / (self.dims - 2)))
 
 
-class Attention(nn.Module):
+class Attention(GroupedQueryProjections):
     """Causal attention over everything, grouped-query, rotary on the whole head."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
         assert args.head_dim is not None and args.num_key_value_heads is not None
-        self.head_dim = args.head_dim
-        kv_width = args.num_key_value_heads * args.head_dim
-        self.q_proj = nn.Linear(args.hidden_size, args.hidden_size, bias=False)
-        self.k_proj = nn.Linear(args.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(args.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(args.hidden_size, args.hidden_size, bias=False)
+        super().__init__(
+            args.hidden_size, args.num_attention_heads, args.num_key_value_heads, args.head_dim
+        )
         self._rope: Rotary | DynamicRotary = Rotary(
             args.head_dim, args.rope_theta, 1.0 / args.rope_factor
         )
@@ -129,9 +125,7 @@ class Attention(nn.Module):
             )
 
     def __call__(self, x: mx.array, cache: FullCache | None, call: Call) -> mx.array:
-        q = split_heads(self.q_proj(x), self.head_dim)
-        k = split_heads(self.k_proj(x), self.head_dim)
-        v = split_heads(self.v_proj(x), self.head_dim)
+        q, k, v = self.project(x)
         if isinstance(self._rope, DynamicRotary):
             q, k, v = self._turned_at_use(q, k, v, cache, call, self._rope)
         else:
@@ -194,7 +188,7 @@ class OpenLlama(nn.Module):
         call = call or Call()
         x = call.inputs_embeds
         if x is None:
-            x = self.embed_tokens(inputs)
+            x = embed(self.embed_tokens, inputs, self.norm)
             if "embed_layer_norm" in self:
                 x = self.embed_layer_norm(x)
         return call.run(self.layers, self.norm, x, cache)

@@ -33,10 +33,10 @@ import mlx.nn as nn
 
 from metal import causal_conv1d, rg_lru
 from mlxmodels import config, heads
-from mlxmodels.attention import Call, split_heads, window_attention
+from mlxmodels.attention import Call, GroupedQueryProjections, window_attention
 from mlxmodels.cache import RecurrentState, WindowCache
 from mlxmodels.errors import ModelError
-from mlxmodels.layers import GatedMLP, RMSNorm1P, Rotary, activation, softcap
+from mlxmodels.layers import GatedMLP, RMSNorm1P, Rotary, activation, embed, softcap
 
 
 @dataclass
@@ -215,26 +215,26 @@ def _starts(reset: mx.array | None, state: RecurrentState, call: Call) -> mx.arr
     return starts
 
 
-class Attention(nn.Module):
+class Attention(GroupedQueryProjections):
     """Causal attention over a sliding window, grouped-query, partially rotary."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
         assert args.head_dim is not None and args.num_key_value_heads is not None
-        self.head_dim = args.head_dim
+        super().__init__(
+            args.hidden_size,
+            args.num_attention_heads,
+            args.num_key_value_heads,
+            args.head_dim,
+            bias=args.attention_bias,
+            output_bias=True,
+        )
         self.window = args.window
-        kv_width = args.num_key_value_heads * args.head_dim
-        self.q_proj = nn.Linear(args.hidden_size, args.hidden_size, bias=args.attention_bias)
-        self.k_proj = nn.Linear(args.hidden_size, kv_width, bias=args.attention_bias)
-        self.v_proj = nn.Linear(args.hidden_size, kv_width, bias=args.attention_bias)
-        self.o_proj = nn.Linear(args.hidden_size, args.hidden_size, bias=True)
         self._rope = Rotary(args.rotary_dims, args.rope_theta)
 
     def __call__(self, x: mx.array, cache: WindowCache | None, call: Call) -> mx.array:
+        q, k, v = self.project(x)
         positions = call.positions(cache)
-        q = self._rope(split_heads(self.q_proj(x), self.head_dim), positions)
-        k = self._rope(split_heads(self.k_proj(x), self.head_dim), positions)
-        v = split_heads(self.v_proj(x), self.head_dim)
+        q, k = self._rope(q, positions), self._rope(k, positions)
         scale = self.head_dim**-0.5
         return self.o_proj(window_attention(q, k, v, cache, call, scale=scale, window=self.window))
 
@@ -268,7 +268,9 @@ class Griffin(nn.Module):
         self, inputs: mx.array | None, cache: heads.States = None, call: Call | None = None
     ) -> mx.array:
         call = call or Call()
-        x = self.embed_tokens(inputs) if call.inputs_embeds is None else call.inputs_embeds
+        x = call.inputs_embeds
+        if x is None:
+            x = embed(self.embed_tokens, inputs, self.final_norm)
         return call.run(self.layers, self.final_norm, x * self.embedding_scale, cache)
 
 

@@ -14,69 +14,23 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mlxmodels import registry
 
-RECURRENT_GEMMA: dict[str, Any] = {
-    "model_type": "recurrent_gemma",
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "attention_window_size": 7,
-    "block_types": ["recurrent", "attention"],
-    "eos_token_id": 1,
-}
+from .. import tiny_models
 
-OPEN_LLAMA: dict[str, Any] = {
-    "model_type": "open-llama",
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "eos_token_id": 1,
-}
-
+_OWN = {"vocab_size": 97, "eos_token_id": 1}
+GEMMA = tiny_models.GEMMA | _OWN
+GEMMA2 = tiny_models.GEMMA2 | _OWN | {"sliding_window": 7, "attn_logit_softcapping": 5.0}
+NEMOTRON = tiny_models.NEMOTRON | _OWN
+XGLM = tiny_models.XGLM | _OWN
+OPEN_LLAMA = tiny_models.OPEN_LLAMA | _OWN | {"use_stable_embedding": True}
 OPEN_LLAMA_DYNAMIC = OPEN_LLAMA | {
     "max_position_embeddings": 12,
     "rope_scaling": {"type": "dynamic", "factor": 2.0},
 }
-
-GEMMA: dict[str, Any] = {
-    "model_type": "gemma",
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "eos_token_id": 1,
-}
-
-GEMMA2 = GEMMA | {
-    "model_type": "gemma2",
+RECURRENT_GEMMA = tiny_models.RECURRENT_GEMMA | {
+    **_OWN,
+    "attention_window_size": 7,
     "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "query_pre_attn_scalar": 20,
-    "sliding_window": 7,
-    "attn_logit_softcapping": 5.0,
-}
-
-NEMOTRON = GEMMA | {"model_type": "nemotron", "num_key_value_heads": 2}
-
-XGLM: dict[str, Any] = {
-    "model_type": "xglm",
-    "vocab_size": 97,
-    "d_model": 32,
-    "ffn_dim": 64,
-    "num_layers": 2,
-    "attention_heads": 4,
-    "max_position_embeddings": 512,
-    "eos_token_id": 1,
+    "block_types": ["recurrent", "attention"],
 }
 
 CONFIGS = {

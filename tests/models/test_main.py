@@ -38,9 +38,10 @@ def test_a_griffin_is_described_in_full(tmp_path: Path) -> None:
 
 def test_attention_grows_and_windows_do_not(tmp_path: Path) -> None:
     facts = describe(saved(tmp_path, CONFIGS["gemma2"]))
-    assert facts["layers"] == "2 attention to 7 tokens, 2 full attention"
-    per_token = 2 * 2 * 2 * 16 * 4
-    assert facts["state"].startswith(f"{per_token:,} bytes per token and {7 * per_token:,} fixed")
+    assert facts["layers"] == "2 attention to 7 tokens, 1 full attention"
+    per_token = 2 * 2 * 16 * 4  # keys and values of two heads of 16 in one layer
+    fixed = 2 * 7 * per_token
+    assert facts["state"].startswith(f"{per_token:,} bytes per token and {fixed:,} fixed")
 
 
 def test_heads_and_quantization_are_named(tmp_path: Path) -> None:
