@@ -1,9 +1,9 @@
 """Reads a checkpoint's config.json into a family's arguments, strictly where the math is at stake.
 
 Two styles of the same fact are accepted: classic top-level keys (`rope_theta`, `rope_scaling`) and
-the nested `rope_parameters` that transformers 5 writes. An explicit top-level key wins, then
-`rope_parameters`, then the family's default; `null` means the default, or, for the keys a family
-lists as `nullable`, that there is none.
+the nested `rope_parameters` that transformers 5 writes. Where a file has both, the nested keys win,
+as in transformers 5, and `rope_scaling` counts as nested; `null` means the default, or, for the keys
+a family lists as `nullable`, that there is none.
 """
 
 import reprlib
@@ -107,11 +107,9 @@ class ModelArgs:
         for alias, name in cls.aliases.items():
             if alias in known:
                 known.setdefault(name, known[alias])
-        scaling = known.get("rope_scaling")
-        if isinstance(scaling, Mapping) and _rope_type(scaling) == "default":
-            del known["rope_scaling"]
-        for key, value in rope_parameters(known).items():
-            known.setdefault(key, value)
+        nested = rope_parameters(known)
+        known.pop("rope_scaling", None)
+        known |= nested
         own = {*names, *cls.aliases, *cls.ignored}
         for key, allowed in _FOREIGN.items():
             value = known.get(key)
@@ -134,15 +132,18 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The nested rotary parameters under their classic names; `rope_scaling` only if not default.
 
     Raises:
-        ModelError: `rope_parameters` is not an object.
+        ModelError: they are not an object, or one per kind of layer.
     """
-    nested = config.get("rope_parameters") or {}
+    source = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    nested = config.get(source) or {}
     if not isinstance(nested, Mapping):
-        raise ModelError(f"config.json sets rope_parameters to {nested!r}, expected an object.")
+        raise ModelError(
+            f"config.json sets {source} to {reprlib.repr(nested)}, expected an object."
+        )
     for key, value in nested.items():
         if isinstance(value, Mapping):
             raise ModelError(
-                f"config.json gives rope_parameters of its own to {key!r}, which is not supported "
+                f"config.json gives {source} of its own to {key!r}, which is not supported "
                 f"here; use a checkpoint with one set of them."
             )
     classic = {

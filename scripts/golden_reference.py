@@ -23,7 +23,7 @@ from golden_variants import (
 )
 from safetensors.torch import save
 
-IS_5 = transformers.__version__ >= "5"
+IS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 Tensors = dict[str, torch.Tensor]
 Case = tuple[Tensors, Tensors]
@@ -149,7 +149,7 @@ class Reference:
         model = self.model_class(copy.deepcopy(self.config)).eval()
         torch.set_default_dtype(torch.float32)
         if getattr(self.config, "use_bidirectional_attention", False):
-            # The documented flag reaches sdpa and flash attention only, and not every mask there.
+            # Eager attention does not know the documented flag, only the one behind it.
             model.config.is_causal = False
         for key, value in model.named_parameters():
             value.copy_(self.weights[key])
@@ -190,7 +190,7 @@ def classic(config: dict[str, Any]) -> dict[str, Any]:
         config["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]}
     if "block_types" in config:
         config["_block_types"] = config.pop("block_types")
-    config.pop("layer_types", None)
+    config.pop("layer_types", None)  # came later; what it says by default was the rule
     return config
 
 
@@ -288,7 +288,7 @@ def positions(reference: Reference, draw: Draw) -> Case:
 
 
 def packed(reference: Reference, draw: Draw) -> Case:
-    """Documents in one row, each of them computed alone."""
+    """Documents in one row, each computed alone: not every reference tells them apart."""
     documents = [draw.ids(1, n) for n in DOCUMENTS]
     inputs = {
         "input_ids": torch.cat(documents, dim=1),

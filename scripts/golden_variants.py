@@ -329,7 +329,7 @@ NEMOTRON = {
     ),
     # transformers 5 does not accept the null that its documentation allows.
     "nemotron_null": Variant(
-        config={"num_key_value_heads": 4, "head_dim": None},
+        config={"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": None},
         saved={"num_key_value_heads": None, "head_dim": None},
     ),
     "nemotron_linear": Variant(config=rope(kind="linear", factor=2.5, partial_rotary_factor=0.5)),

@@ -54,7 +54,7 @@ def read(cache: Any, rows: list[int], n: int, dtype: mx.Dtype = mx.float32) -> N
         starts = tuple(shown.shape[2] - n - offset for offset in offsets)
         first = [0] * len(rows) if key_start is None else key_start.tolist()
         assert first == [max(0, start) for start in starts]
-        assert shown.shape[2] <= W - 1 + n
+        assert shown.shape[2] == n + min(max(0, *offsets), W - 1)
     assert mx.array_equal(values, -shown) and shown.dtype == dtype
     for b, start in enumerate(starts):
         line = shown[b, 0, :, 0].tolist()
@@ -237,8 +237,23 @@ def test_unread_left_padding_outlives_a_filter() -> None:
     read(cache, [1, 2], 3)
     cache.filter([0, 1])
     assert cache.offsets == (-1, -3) and cache.size() == 0
+    cache.prepare(lengths=[1, 2], right_padding=[1, 0])
+    read(cache, [1, 2], 2)
+    cache.finalize()
+    assert cache.offsets == (0, -1)
     read(cache, [1, 2], 5)
     check_held(cache, [1, 2])
+
+
+def test_padding_on_both_sides_of_an_unread_row() -> None:
+    cache = FullCache()
+    cache.prepare(left_padding=[4, 5])
+    cache.prepare(lengths=[1, 2], right_padding=[1, 0])
+    read(cache, [0, 1], 2)
+    cache.finalize()
+    assert cache.offsets == (-3, -3) and cache.size() == 0
+    read(cache, [0, 1], 5)
+    check_held(cache, [0, 1])
 
 
 def test_a_row_taken_out_of_a_long_batch_does_not_keep_the_batch_in_memory() -> None:
@@ -296,6 +311,9 @@ def test_only_a_call_that_holds_a_row_s_start_resets() -> None:
     assert lengths is None
     state.advance(3)
     assert state.begin(mx.zeros((2, 1, 4))) == (None, None)
+    later = RecurrentState()
+    later.prepare(left_padding=[3])
+    assert later.begin(mx.zeros((1, 3, 4))) == (None, None)
     padded = RecurrentState()
     padded.prepare(left_padding=[0, 2, 3])
     reset, _ = padded.begin(mx.zeros((3, 3, 4)))
@@ -383,5 +401,5 @@ def test_rows_that_are_not_there_cannot_be_kept(
     with pytest.raises(ValueError, match="some of 2 rows"):
         cache.filter(indices)
     check_held(cache, [0, 1])
-    cache.filter([-1])
-    check_held(cache, [1])
+    cache.filter([-1, -2])
+    check_held(cache, [1, 0])

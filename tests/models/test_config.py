@@ -141,7 +141,9 @@ def test_a_family_refuses_what_it_cannot_compute(
     [
         ({"rope_theta": 500.0, "partial_rotary_factor": 0.25}, 500.0, 0.25),
         ({"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.25}}, 500.0, 0.25),
-        ({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 500.0}}, 7.0, 0.5),
+        ({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 500.0}}, 500.0, 0.5),
+        ({"rope_theta": 7.0, "rope_scaling": {"type": "default"}}, 7.0, 0.5),
+        ({"rope_theta": 7.0, "rope_parameters": {"partial_rotary_factor": 0.25}}, 7.0, 0.25),
         ({"rope_parameters": None}, 10000.0, 0.5),
     ],
 )

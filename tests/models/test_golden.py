@@ -46,8 +46,9 @@ TASKS = {
     "xglm": {"base", "causal-lm"},
 }
 
-# Whatever a reference sees besides: the tests of the head options name them.
-NOT_IN_LOGITS = {"model_type", "pad_token_id", "max_position_embeddings"}
+# num_labels is saved as the length of id2label; what transformers ignores is tested below.
+NOT_IN_GOLDENS = {"model_type", "num_labels", "embeddings_scale_by_sqrt_dim"}
+LABELS = {"id2label", "problem_type"}
 
 
 @pytest.mark.parametrize("family", TASKS)
@@ -61,10 +62,12 @@ def test_every_documented_task_of_a_family_has_a_golden(family: str) -> None:
 def test_every_config_field_has_a_golden_that_is_not_at_its_default(family: str) -> None:
     variants = [golden(name).model.args for name in NAMES if golden(name).family == family]
     defaults = type(variants[0])()
-    for field in dataclasses.fields(defaults):
-        if field.name not in NOT_IN_LOGITS:
-            values = [getattr(args, field.name) for args in variants]
-            assert any(v != getattr(defaults, field.name) for v in values), field.name
+    known = {field.name for field in dataclasses.fields(defaults)} - NOT_IN_GOLDENS
+    if "sequence-classification" not in TASKS[family]:
+        known -= LABELS
+    for name in known:
+        default = getattr(defaults, name)
+        assert any(getattr(args, name) != default for args in variants), name
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -162,3 +165,14 @@ def test_the_window_rule_of_deepmind_keeps_one_key_more() -> None:
     W, other = args.attention_window_size, narrower(g.tokens)
     assert distance(other[:, :W], g.logits[:, :W]) <= LOGITS
     assert distance(other[:, W:], g.logits[:, W:]) > 1e-2
+
+
+def test_embeddings_are_not_scaled_where_deepmind_s_file_says_so() -> None:
+    g = golden("recurrent_gemma_default")
+    scaled, plain = g.model, build(g.config | {"embeddings_scale_by_sqrt_dim": False})
+    plain.update(scaled.parameters())
+    embeds = scaled.model.embed_tokens(g.tokens)
+    by_hand = plain.forward(inputs_embeds=embeds * scaled.model.embedding_scale)
+    assert plain.model.embedding_scale == 1.0 and scaled.model.embedding_scale > 5
+    assert distance(by_hand.logits, g.logits) <= LOGITS
+    assert distance(plain(g.tokens), g.logits) > 1e-2
