@@ -125,7 +125,6 @@ class LayerState:
 
     def extract(self, index: int) -> Self:
         """A state of its own for one row."""
-        self._settled([self])
         row = type(self).from_state(self.state)
         row.filter([index])
         return row

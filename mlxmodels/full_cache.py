@@ -91,7 +91,6 @@ class FullCache(LayerState):
 
     @classmethod
     def merge(cls, caches: Sequence[Self]) -> Self:
-        cls._settled(caches)
         end = max(cache._end for cache in caches)
         capacity = (end // cls._growth + 1) * cls._growth
         aligned = []

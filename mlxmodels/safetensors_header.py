@@ -36,6 +36,10 @@ _BITS = {
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
+class _Damage(ValueError):
+    """What is wrong with a file."""
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor as the header describes it; begin and end count from the start of the data."""
@@ -56,56 +60,70 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         ModelError: the file is truncated, is not safetensors, or contradicts itself.
     """
+    return read_file(path, "Download or convert the model again.")[0]
+
+
+def read_file(path: Path, advice: str) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
+    """Entries of a safetensors file, and its `__metadata__`, empty if there is none.
+
+    Args:
+        advice: What to do about a damaged file; the last sentence of the error.
+
+    Raises:
+        ModelError: as `read_header`.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > size - 8:
-                raise _broken(path, f"it is cut short after {size:,} bytes")
+                raise _Damage(f"it is cut short after {size:,} bytes")
             if length > _MAX_HEADER_BYTES:
-                raise _broken(path, f"its header claims {length:,} bytes")
-            raw = file.read(length)
+                raise _Damage(f"its header claims {length:,} bytes")
+            header = _parse(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        entries = {name: _entry(name, fields) for name, fields in header.items()}
+        _check_layout(entries, size - 8 - length)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
-    entries = _parse(path, raw)
-    _check_layout(path, entries, size - 8 - length)
-    return entries
+    except _Damage as error:
+        raise ModelError(f"{path} is damaged: {error}. {advice}") from error
+    return entries, metadata if isinstance(metadata, dict) else {}
 
 
-def _parse(path: Path, raw: bytes) -> dict[str, TensorEntry]:
+def _parse(raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) != len(pairs):
-            raise _broken(path, "its header names something twice")
+            raise _Damage("its header names something twice")
         return fields
 
     try:
         header = json.loads(raw, object_pairs_hook=unique)
-    except ModelError:
+    except _Damage:
         raise
     except (ValueError, RecursionError) as error:
-        raise _broken(path, "its header is not JSON") from error
+        raise _Damage("its header is not JSON") from error
     if not isinstance(header, dict):
-        raise _broken(path, "its header is not a JSON object")
-    header.pop("__metadata__", None)
-    return {name: _entry(path, name, fields) for name, fields in header.items()}
+        raise _Damage("its header is not a JSON object")
+    return header
 
 
-def _entry(path: Path, name: str, fields: object) -> TensorEntry:
+def _entry(name: str, fields: object) -> TensorEntry:
     if not isinstance(fields, dict):
-        raise _broken(path, f"tensor {name!r} is not described")
+        raise _Damage(f"tensor {name!r} is not described")
     dtype = fields.get("dtype")
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise _broken(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
+        raise _Damage(f"tensor {name!r} has the unknown dtype {dtype!r}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-        raise _broken(path, f"tensor {name!r} has no valid shape and data_offsets")
+        raise _Damage(f"tensor {name!r} has no valid shape and data_offsets")
     begin, end = offsets
     if end - begin != prod(shape) * _BITS[dtype] // 8:
-        raise _broken(
-            path, f"tensor {name!r} of shape {shape} and dtype {dtype} claims {end - begin:,} bytes"
+        raise _Damage(
+            f"tensor {name!r} of shape {shape} and dtype {dtype} claims {end - begin:,} bytes"
         )
     return TensorEntry(dtype, tuple(shape), begin, end)
 
@@ -114,17 +132,13 @@ def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _check_layout(path: Path, entries: dict[str, TensorEntry], data_bytes: int) -> None:
+def _check_layout(entries: dict[str, TensorEntry], data_bytes: int) -> None:
     at = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != at:
-            raise _broken(path, f"tensor {name!r} overlaps another or leaves a gap")
+            raise _Damage(f"tensor {name!r} overlaps another or leaves a gap")
         at = entry.end
     if at > data_bytes:
-        raise _broken(path, f"it is cut short: {at:,} bytes of tensors, {data_bytes:,} are there")
+        raise _Damage(f"it is cut short: {at:,} bytes of tensors, {data_bytes:,} are there")
     if at < data_bytes:
-        raise _broken(path, f"{data_bytes - at:,} bytes at its end belong to no tensor")
-
-
-def _broken(path: Path, reason: str) -> ModelError:
-    return ModelError(f"{path} is damaged: {reason}. Download or convert the model again.")
+        raise _Damage(f"{data_bytes - at:,} bytes at its end belong to no tensor")

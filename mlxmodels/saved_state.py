@@ -2,7 +2,8 @@
 
 Arrays are named `<layer>.<field>`. The header's metadata holds one JSON document with everything
 else (format version, and per layer its class, offsets, window ...) and a checksum of the document
-and the arrays: a flipped byte in a prefix cache would otherwise be a quietly wrong answer.
+and the arrays: a flipped byte in a prefix cache would otherwise be a quietly wrong answer. It finds
+damage and is no signature: whoever may write the file decides what the model continues from.
 `state_kinds` says which classes there are and what each must look like.
 """
 
@@ -21,7 +22,7 @@ import mlx.core as mx
 
 from mlxmodels import state_kinds
 from mlxmodels.errors import ModelError
-from mlxmodels.safetensors_header import read_header
+from mlxmodels.safetensors_header import read_file
 
 _VERSION = 1
 _DOCUMENT = "gryphon.layer_states"
@@ -60,7 +61,7 @@ def save_states(
             mx.save_safetensors(file, arrays, header)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
@@ -88,10 +89,9 @@ def load_states(path: str | Path) -> tuple[list[Any], dict[str, str]]:
                 raise _unusable(path, f"layer {i}, {error}") from error
         if rest:
             raise _unusable(path, f"its array {min(rest)} belongs to no layer")
-        mx.eval(arrays)
+        checksum = _checksum(document.text, arrays)
     except RuntimeError as error:  # MLX could not read it after all, or lists are nested too deep
         raise _unusable(path, str(error)) from error
-    checksum = _checksum(document.text, arrays)
     if checksum != document.checksum:
         raise _unusable(
             path, f"expected the checksum {reprlib.repr(document.checksum)}, got {checksum}"
@@ -119,18 +119,8 @@ class _Document:
 
 
 def _read_document(path: Path) -> _Document:
-    try:
-        read_header(path)
-    except ModelError as error:
-        message = str(error).removesuffix(" Download or convert the model again.")
-        raise ModelError(f"{message} {_ADVICE}") from error
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except OSError as error:
-        raise _unusable(path, f"it cannot be read: {error.strerror or error}") from error
-    entries = header.get("__metadata__")
-    text = entries.get(_DOCUMENT) if isinstance(entries, dict) else None
+    _, entries = read_file(path, _ADVICE)
+    text = entries.get(_DOCUMENT)
     if not isinstance(text, str):
         raise _unusable(path, f"expected {_DOCUMENT} in its metadata, got {reprlib.repr(entries)}")
     try:

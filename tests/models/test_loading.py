@@ -535,15 +535,6 @@ def test_weights_of_a_dtype_mlx_does_not_have_are_refused(tmp_path: Path) -> Non
         load(path)
 
 
-def test_an_extracted_row_in_the_middle_of_padding_is_refused() -> None:
-    from mlxmodels.full_cache import FullCache
-
-    cache = FullCache()
-    cache.prepare(lengths=[1, 2], right_padding=[1, 0])
-    with pytest.raises(ValueError, match="finalize"):
-        cache.extract(0)
-
-
 @pytest.mark.parametrize("name", ["olmo", "base", "cache", "__init__", "../secrets"])
 def test_what_is_no_model_of_the_zoo_is_a_model_error(name: str) -> None:
     from mlxmodels.registry import model_classes

@@ -170,10 +170,13 @@ def test_only_classes_of_the_table_are_saved(path: Path) -> None:
     class KVCache:
         state = ()
 
+    class WindowCache:
+        state = ()
+
     class Derived(FullCache):
         pass
 
-    for state in (KVCache(), Derived(), zoo("BatchKVCache", [0]), None):
+    for state in (KVCache(), WindowCache(), Derived(), zoo("BatchKVCache", [0]), None):
         with pytest.raises(
             ValueError, match=rf"expected states of .* got a {type(state).__name__}"
         ):

@@ -12,7 +12,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlxmodels.cache import RecurrentState, WindowCache
 from mlxmodels.errors import ModelError
+from mlxmodels.full_cache import FullCache
 from mlxmodels.saved_state import load_states, save_states, saved_metadata
 
 from .tiny_states import ZOO, arrays_cache, fed, full, recurrent, same, window, zoo
@@ -132,12 +134,20 @@ def test_a_document_of_another_form_is_refused(
 
 
 def test_lists_nested_without_end_are_refused(path: Path) -> None:
-    save_states(path, [])
-    layer: dict[str, Any] = {"class": "CacheList", "states": []}
-    for _ in range(300):
-        layer = {"class": "CacheList", "states": [layer]}
-    altered(path, lambda document, arrays: document.update(layers=[layer]))
+    save_states(path, [window()])
+    nested: list[Any] = []
+    for _ in range(700):
+        nested = [nested]
+    altered(path, lambda document, arrays: document["layers"][0].update(keys=nested))
     with pytest.raises(ModelError):
+        load_states(path)
+
+
+@pytest.mark.parametrize("state", [RecurrentState(), WindowCache(3), FullCache()])
+def test_tokens_that_left_no_arrays_are_refused(state: Any, path: Path) -> None:
+    save_states(path, [state])
+    altered(path, lambda document, _: document["layers"][0].update(offsets=[3]))
+    with pytest.raises(ModelError, match=r"offsets: expected none past 0 without arrays"):
         load_states(path)
 
 
