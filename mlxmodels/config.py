@@ -2,8 +2,8 @@
 
 Two styles of the same fact are accepted: classic top-level keys (`rope_theta`, `rope_scaling`) and
 the nested `rope_parameters` that transformers 5 writes. Where a file has both, the nested keys win,
-as in transformers 5, and `rope_scaling` counts as nested; `null` means the default, or, for the keys
-a family lists as `nullable`, that there is none.
+as in transformers 5, and `rope_scaling` counts as nested. `null` means the default, or, for the
+keys a family lists as `nullable`, that there is none.
 """
 
 import reprlib
