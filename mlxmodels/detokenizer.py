@@ -152,7 +152,7 @@ class Window:
         return token.encode()
 
     def _emit(self, text: str) -> str:
-        before = self._decode(self._ids[: self._seen])
+        before = self._decode(self._ids[: self._seen]) if self._seen else ""
         self._ids = self._ids[self._seen :]
         self._seen = len(self._ids)
         return text[len(before) :]

@@ -13,7 +13,9 @@ The tokenizer.json that transformers 4.57 converts the same model to gives the s
 - Unigram models (XGLM), several splits of equal score: each takes another one. And letters under
   many combining marks: the conversion composes none of them, sentencepiece the first.
 
-There sentencepiece is followed: it is what the model was trained with.
+There sentencepiece is followed: it is what the model was trained with. Ids decode to the same text
+but for one: the conversion of a Gemma model without a piece for the tab makes one of the byte 9,
+which then no longer is part of a run of bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -98,7 +100,7 @@ class SentencePieceModel:
         self._before, self._after = self._ids_of(first), self._ids_of(last)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        parts = self._added.split(text.replace(_SPACE, " ") if self._prefixes_once else text)
+        parts = self._added.split(text)
         if self._prefixes_once and parts:
             if isinstance(parts[0], str):
                 parts[0] = _SPACE + parts[0]

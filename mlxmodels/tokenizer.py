@@ -73,7 +73,8 @@ class TokenizerJson:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        # Of nothing, a Strip decoder makes a panic (tokenizers 0.23).
+        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
 
     def token(self, id: int) -> str | None:
         return self._tokenizer.id_to_token(id)
