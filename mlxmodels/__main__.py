@@ -73,7 +73,7 @@ def _states(model: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
     states = model.make_cache()
     model(mx.zeros((1, 1), dtype=mx.int32), cache=states)
     kinds = Counter(_kind(state) for state in states)
-    fixed = sum(state.nbytes for state in states if not isinstance(state, FullCache))
+    fixed = sum(_fixed_bytes(state) for state in states)
     growing = sum(
         state.nbytes // state.keys.shape[2]
         for state in states
@@ -83,6 +83,13 @@ def _states(model: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
         "layers": _listed(kinds),
         "state": f"{growing:,} bytes per token and {fixed:,} fixed per sequence, {dtype}",
     }
+
+
+def _fixed_bytes(state: Any) -> int:
+    """Bytes that a state comes to and stays at; a ring has all its slots in the end."""
+    if isinstance(state, WindowCache) and state.keys is not None:
+        return state.nbytes // state.keys.shape[2] * state.window
+    return 0 if isinstance(state, FullCache) else int(state.nbytes)
 
 
 def _kind(state: object) -> str:

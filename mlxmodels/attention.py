@@ -168,8 +168,9 @@ def window_attention(
     explicit = bidirectional or call.attentions is not None or call.documents is not None
     if cache is not None and cache.is_step(T) and not explicit:
         k, v, position = cache.write_step(k, v)
+        slots = k.shape[2]  # fewer than the window while no row is past them
         out = local_attention_decode(
-            q, k, v, position=position, scale=scale, window=window, softcap=softcap
+            q, k, v, position=position, scale=scale, window=slots, softcap=softcap
         )
         return _merge_heads(out)
     key_start = None

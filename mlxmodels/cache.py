@@ -258,13 +258,15 @@ class RecurrentState(LayerState):
 
 
 class WindowCache(LayerState):
-    """Ring of the last `window` keys and values of each row, [B, Hkv, window, D], never more.
+    """Ring of the last `window` keys and values of each row, [B, Hkv, slots, D], never more.
 
     The key of position p is in slot p % window, per row, so rows of any lengths share a batch
-    without moving a key.
+    without moving a key. As long as no row is past the window, only as many slots exist as are
+    needed, in steps of 256.
     """
 
     _arrays = ("keys", "values")
+    _growth = 256
     keys: mx.array | None
     values: mx.array | None
 
@@ -279,9 +281,12 @@ class WindowCache(LayerState):
     def write_step(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Write one token's keys and values, [B, Hkv, 1, D]; returns both rings and positions [B].
 
+        Rings that are still growing have fewer slots than the window; then no position is past
+        them, so they are rings of that many slots.
+
         Call only if `is_step(1)`.
         """
-        old_keys, old_values = self._rings(keys)
+        old_keys, old_values = self._rings(keys, 1)
         slots = [offset % self.window for offset in self._offsets]
         self.keys = _write_slots(old_keys, slots, keys)
         self.values = _write_slots(old_values, slots, values)
@@ -297,7 +302,8 @@ class WindowCache(LayerState):
             key_start [B], the first valid key of each row, None if all are valid.
         """
         T, W = keys.shape[2], self.window
-        old_keys, old_values = self._rings(keys)
+        old_keys, old_values = self._rings(keys, T)
+        N = old_keys.shape[2]
         positions = self._positions()[:, None]  # [B, 1]
         past = min(max(0, *self._offsets), W - 1)
         key_start = None
@@ -305,16 +311,17 @@ class WindowCache(LayerState):
             key_start = mx.maximum(past - positions[:, 0], 0)
         all_keys, all_values = keys, values
         if past > 0:
-            slots = (positions - past + mx.arange(past)) % W
+            before = positions - past + mx.arange(past)
+            slots = mx.where(before < 0, 0, before % W)  # below 0 key_start hides whatever is read
             all_keys = mx.concatenate([take_slots(old_keys, slots), keys], axis=2)
             all_values = mx.concatenate([take_slots(old_values, slots), values], axis=2)
 
         # Each slot keeps the newest valid position that maps to it, old or new.
         counts = mx.array(self._counts(T), dtype=mx.int32)[:, None]
         last = positions + counts - 1
-        newest = last - (last - mx.arange(W)) % W  # [B, W]
+        newest = last - (last - mx.arange(N)) % W  # [B, N]
         is_new = (newest >= positions) & (newest >= 0)
-        source = mx.where(is_new, W + newest - positions, mx.arange(W))
+        source = mx.where(is_new, N + newest - positions, mx.arange(N))
         self.keys = take_slots(mx.concatenate([old_keys, keys], axis=2), source)
         self.values = take_slots(mx.concatenate([old_values, values], axis=2), source)
         return all_keys, all_values, key_start
@@ -323,7 +330,17 @@ class WindowCache(LayerState):
     def merge(cls, caches: Sequence[Self]) -> Self:
         if len({cache.window for cache in caches}) > 1:
             raise ValueError("[merge] rows of one batch need the same window.")
-        return super().merge(caches)
+        cls._settled(caches)
+        rings = [cache.keys for cache in caches if cache.keys is not None]
+        slots = max((ring.shape[2] for ring in rings), default=0)
+        grown = []
+        for cache in caches:
+            part = cls.from_state(cache.state)
+            for name in cls._arrays:
+                ring = getattr(part, name)
+                setattr(part, name, None if ring is None else _grown(ring, slots))
+            grown.append(part)
+        return super().merge(grown)
 
     def size(self) -> int:
         return min(max(0, *self._offsets), self.window)
@@ -348,13 +365,16 @@ class WindowCache(LayerState):
         super()._set_state(common)
         self.window = int(window)
 
-    def _rings(self, like: mx.array) -> tuple[mx.array, mx.array]:
+    def _rings(self, like: mx.array, n: int) -> tuple[mx.array, mx.array]:
+        """Both rings with room for n more tokens in every row."""
         B, heads, _, D = like.shape
         self._fit(B)
+        end = max(o + c for o, c in zip(self._offsets, self._counts(n), strict=True))
+        slots = min(self.window, max(1, -(-end // self._growth)) * self._growth)
         if self.keys is None or self.values is None:
-            empty = mx.zeros((B, heads, self.window, D), dtype=like.dtype)
+            empty = mx.zeros((B, heads, slots, D), dtype=like.dtype)
             return empty, empty
-        return self.keys, self.values
+        return _grown(self.keys, slots), _grown(self.values, slots)
 
 
 def _stack_rows(parts: list[tuple[mx.array | None, int]]) -> mx.array | None:
@@ -368,6 +388,12 @@ def _stack_rows(parts: list[tuple[mx.array | None, int]]) -> mx.array | None:
             for array, rows in parts
         ]
     )
+
+
+def _grown(ring: mx.array, slots: int) -> mx.array:
+    """The ring [B, H, N, D] with at least that many slots, new ones zero."""
+    missing = slots - ring.shape[2]
+    return ring if missing <= 0 else mx.pad(ring, [(0, 0), (0, 0), (0, missing), (0, 0)])
 
 
 def _write_slots(ring: mx.array, slots: list[int], new: mx.array) -> mx.array:

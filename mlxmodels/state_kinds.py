@@ -126,8 +126,11 @@ def _check_window(fields: Fields) -> None:
     _expect(_is_count(window) and window > 0, "window", "a positive integer", window)
     if keys is None and values is None:
         return _check_unread(fields)
-    is_ring = _is_floating(keys, ndim=4) and (keys.shape[0], keys.shape[2]) == (rows, window)
-    _expect(is_ring, "keys", f"a floating array of {rows} rows and {window} slots", keys)
+    needed = min(window, max(0, *fields["offsets"]))
+    is_ring = _is_floating(keys, ndim=4) and keys.shape[0] == rows
+    is_ring = is_ring and needed <= keys.shape[2] <= window
+    slots = f"{needed} to {window} slots"
+    _expect(is_ring, "keys", f"a floating array of {rows} rows and {slots}", keys)
     same = isinstance(values, mx.array) and (values.shape, values.dtype) == (keys.shape, keys.dtype)
     _expect(same, "values", f"shape and dtype of keys, {_shown(keys)}", values)
 

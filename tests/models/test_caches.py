@@ -54,7 +54,7 @@ def read(cache: Any, rows: list[int], n: int, dtype: mx.Dtype = mx.float32) -> N
         starts = tuple(shown.shape[2] - n - offset for offset in offsets)
         first = [0] * len(rows) if key_start is None else key_start.tolist()
         assert first == [max(0, start) for start in starts]
-        assert shown.shape[2] == n + min(max(0, *offsets), W - 1)
+        assert shown.shape[2] == n + min(max(0, *offsets), cache.window - 1)
     assert mx.array_equal(values, -shown) and shown.dtype == dtype
     for b, start in enumerate(starts):
         line = shown[b, 0, :, 0].tolist()
@@ -65,13 +65,13 @@ def read(cache: Any, rows: list[int], n: int, dtype: mx.Dtype = mx.float32) -> N
 
 def check_held(cache: Any, rows: list[int]) -> None:
     """What is kept between calls: in a ring the last W keys of each row and nothing else."""
-    slots = W if isinstance(cache, WindowCache) else None
+    window = cache.window if isinstance(cache, WindowCache) else None
     for b, offset in enumerate(cache.offsets):
         line = cache.keys[b, 0, :, 0].tolist()
-        if slots is not None:
-            want = [0.0] * W
-            for position in range(max(0, offset - W), offset):
-                want[position % W] = code(rows[b], position)
+        if window is not None:
+            want = [0.0] * len(line)
+            for position in range(max(0, offset - window), offset):
+                want[position % window] = code(rows[b], position)
             assert line == want
         else:
             start = cache.starts[b]
@@ -130,6 +130,21 @@ def test_a_ring_has_w_slots_and_constant_bytes_however_long_the_text() -> None:
         check_held(ring, [0])
         assert ring.nbytes == held
     assert ring.size() == W
+
+
+def test_a_ring_takes_no_more_room_than_its_rows_need() -> None:
+    ring = WindowCache(1000)
+    slots = []
+    for n in (1, 254, 1, 1, 300, 600, 1):
+        read(ring, [0], n)
+        check_held(ring, [0])
+        slots.append(ring.nbytes // (2 * 4))
+    assert slots == [256, 256, 256, 512, 768, 1000, 1000]
+    short = WindowCache(1000)
+    read(short, [0], 5)
+    merged = WindowCache.merge([short, ring, WindowCache(1000)])
+    check_held(merged, [0, 0, 0])
+    assert short.nbytes == 2 * 4 * 256, "merging leaves its arguments as they are"
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])

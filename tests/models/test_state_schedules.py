@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlxmodels.cache import WindowCache
 from mlxmodels.saved_state import load_states, save_states
 
 from ..tolerance import assert_logits_close
@@ -26,6 +27,12 @@ KINDS = {
     "gemma2": CONFIGS["gemma2"],
     "open_llama": CONFIGS["open_llama"],
 }
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rings of 7 that grow on their way there."""
+    monkeypatch.setattr(WindowCache, "_growth", 3)
 
 
 @pytest.fixture(scope="module", params=KINDS)
