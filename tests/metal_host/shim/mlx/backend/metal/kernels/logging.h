@@ -1,0 +1,2 @@
+// Nothing is logged from a kernel here.
+#pragma once
