@@ -6,6 +6,7 @@ scan is fast at which size, and how attention avoids a T x T score matrix.
 """
 
 import math
+from functools import partial
 
 import mlx.core as mx
 
@@ -20,8 +21,10 @@ _STEPWISE_WIDTH = 1024
 _STEPWISE_SIZE = 1 << 19
 
 # Queries per block of the windowed attention: the score matrix of one block is at most
-# _QUERY_BLOCK x (window + _QUERY_BLOCK - 1).
-_QUERY_BLOCK = 256
+# _QUERY_BLOCK x (window + _QUERY_BLOCK - 1), and what lies after a block's last query is never
+# computed. A model's prefill of 512 tokens is up to 9 % faster with 128 than with 256, no faster
+# with 64 (two x86-64 cores).
+_QUERY_BLOCK = 128
 
 
 def linear_scan(
@@ -50,20 +53,54 @@ def rg_lru(
     """See `metal.rg_lru`."""
     dtype = x.dtype
     softplus = mx.logaddexp(recurrent_param.astype(mx.float32), 0.0)
-    log_a = -RG_LRU_C * mx.sigmoid(recurrent_gate.astype(mx.float32)) * softplus
-    a = mx.exp(log_a)
-    # expm1 keeps the digits that 1 - a*a loses when a is close to 1. At a = 1 the root's slope is
-    # infinite, and times the zero slope of what is below it the gradient would be NaN.
-    multiplier = mx.sqrt(mx.maximum(-mx.expm1(2.0 * log_a), 1e-30))
-    if reset is not None:
-        starts = reset[..., None]
-        a = mx.where(starts, 0.0, a)
-        multiplier = mx.where(starts, 1.0, multiplier)
-    gated = x.astype(mx.float32) * mx.sigmoid(input_gate.astype(mx.float32)) * multiplier
+    starts = None if reset is None else reset[..., None]
+    gates = (x, input_gate, recurrent_gate, softplus, starts)
+    if x.shape[1] == 1 and h0 is not None and lengths is None:
+        y = _gated_step(*gates, h0[:, None])
+        return y.astype(dtype), y[:, 0]
+    gated, a = _gates(*gates)
     if lengths is not None:
         gated, a = _freeze_after(gated, a, lengths)
     y, h_last = _scan_float32(gated, a, h0)
     return y.astype(dtype), h_last
+
+
+def _gated(
+    x: mx.array,
+    input_gate: mx.array,
+    recurrent_gate: mx.array,
+    softplus: mx.array,
+    starts: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """The gated input, scaled, and the decay, both float32."""
+    log_a = -RG_LRU_C * mx.sigmoid(recurrent_gate.astype(mx.float32)) * softplus
+    # a - 1 keeps the digits that a loses when it is close to 1, and 1 - a^2 needs them.
+    below = mx.expm1(log_a)
+    a = 1.0 + below
+    # At a = 1 the root's slope is infinite, and times the zero slope of what is below it the
+    # gradient would be NaN.
+    multiplier = mx.sqrt(mx.maximum(-below * (2.0 + below), 1e-30))
+    if starts is not None:
+        a = mx.where(starts, 0.0, a)
+        multiplier = mx.where(starts, 1.0, multiplier)
+    gated = x.astype(mx.float32) * mx.sigmoid(input_gate.astype(mx.float32)) * multiplier
+    return gated, a
+
+
+_gates = mx.compile(_gated, shapeless=True)
+
+
+@partial(mx.compile, shapeless=True)
+def _gated_step(
+    x: mx.array,
+    input_gate: mx.array,
+    recurrent_gate: mx.array,
+    softplus: mx.array,
+    starts: mx.array | None,
+    h: mx.array,
+) -> mx.array:
+    gated, a = _gated(x, input_gate, recurrent_gate, softplus, starts)
+    return a * h + gated
 
 
 def causal_conv1d(
@@ -78,6 +115,9 @@ def causal_conv1d(
     T, K = u.shape[1], weight.shape[1]
     padded = mx.concatenate([state, u], axis=1)  # [B, K-1+T, E]
     w = weight.astype(mx.float32)
+    if T == 1 and lengths is None and reset is None:
+        y = (padded.astype(mx.float32) * w.T).sum(axis=1, keepdims=True) + bias.astype(mx.float32)
+        return y.astype(u.dtype), padded[:, 1:]
     segment = None
     if reset is not None:
         # Two positions belong to one sequence iff no reset lies between them.
@@ -127,9 +167,9 @@ def local_attention(
         first_query, last_query = S - T + begin, S - T + end - 1
         first_key = max(0, first_query - window + 1)
         keys = slice(first_key, last_query + 1)
-        mask: mx.array | str
+        mask: mx.array | str | None
         if key_start is None and last_query - first_key < window:
-            mask = "causal"
+            mask = "causal" if end - begin > 1 else None
         else:
             mask = _window_mask(first_query, last_query, first_key, window, key_start)
         block = _attention(q[:, :, begin:end], k[:, :, keys], v[:, :, keys], scale, softcap, mask)
@@ -224,7 +264,12 @@ def _window_mask(
 
 
 def _attention(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, softcap: float | None, mask: mx.array | str
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    softcap: float | None,
+    mask: mx.array | str | None,
 ) -> mx.array:
     if softcap is None:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
@@ -235,7 +280,9 @@ def _attention(
     grouped = (q * scale).reshape(B, Hkv, H // Hkv, T, D)
     scores = (grouped @ k[:, :, None].swapaxes(-1, -2)).astype(mx.float32)
     scores = mx.tanh(scores / softcap) * softcap
-    # The mask is [T, S] or [B, 1, T, S]; the second needs an axis for the query groups.
-    scores = mx.where(mask if mask.ndim == 2 else mask[:, None], scores, mx.finfo(mx.float32).min)
+    if mask is not None:
+        # The mask is [T, S] or [B, 1, T, S]; the second needs an axis for the query groups.
+        mask = mask if mask.ndim == 2 else mask[:, None]
+        scores = mx.where(mask, scores, mx.finfo(mx.float32).min)
     weights = mx.softmax(scores, axis=-1).astype(v.dtype)
     return (weights @ v[:, :, None]).reshape(B, H, T, v.shape[-1])

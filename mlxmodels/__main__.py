@@ -13,6 +13,7 @@ from mlxmodels import checkpoint, heads, registry
 from mlxmodels.cache import RecurrentState, WindowCache
 from mlxmodels.errors import ModelError
 from mlxmodels.full_cache import FullCache
+from mlxmodels.loading import build, building
 from mlxmodels.safetensors_header import TensorEntry, read_header
 
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -40,7 +41,7 @@ def describe(path: Path) -> dict[str, str]:
         ModelError: its config or its files cannot be read, or nothing runs its family.
     """
     config = checkpoint.read_config(path)
-    model_class, args_class = registry.model_classes(config)
+    registry.model_classes(config)
     tensors: dict[str, TensorEntry] = {}
     for file in checkpoint.weight_files(path):
         tensors |= read_header(file)
@@ -54,13 +55,13 @@ def describe(path: Path) -> dict[str, str]:
         "quantization": _quantization(config, tensors),
     }
     if native:
-        args = args_class.from_dict(config)  # type: ignore[attr-defined]
-        facts["heads"] = _heads(args, tensors)
-        facts |= _states(model_class(args, heads.BASE), tensors)
+        model = build(path, config, heads.BASE, len(tensors))
+        facts["heads"] = _heads(model.args, tensors)
+        facts |= _states(path, model, tensors)
     return facts
 
 
-def _states(model: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
+def _states(path: Path, model: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
     """Layers by the kind of their state, and its bytes.
 
     Shapes are known before anything is computed: a forward call is described and thrown away.
@@ -69,9 +70,10 @@ def _states(model: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
         return {"layers": f"{len(model.layers)} bidirectional", "state": "none: reads whole texts"}
     stored = Counter(entry.dtype for entry in tensors.values() if entry.dtype in _DTYPES)
     dtype = stored.most_common(1)[0][0] if stored else "F32"
-    model.set_dtype(_DTYPES[dtype])
     states = model.make_cache()
-    model(mx.zeros((1, 1), dtype=mx.int32), cache=states)
+    with building(path):
+        model.set_dtype(_DTYPES[dtype])
+        model(mx.zeros((1, 1), dtype=mx.int32), cache=states)
     kinds = Counter(_kind(state) for state in states)
     fixed = sum(_fixed_bytes(state) for state in states)
     growing = sum(
@@ -102,7 +104,8 @@ def _quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry])
     layers = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
     if not layers:
         return "none"
-    default = config.get("quantization") or config.get("quantization_config") or {}
+    described = config.get("quantization") or config.get("quantization_config")
+    default = described if isinstance(described, dict) else {}
     kinds: Counter[str] = Counter()
     for layer in layers:
         own = default.get(layer)
@@ -121,7 +124,7 @@ def _heads(args: Any, tensors: Mapping[str, TensorEntry]) -> str:
     if "score.weight" in tensors:
         has_bias = "score.bias" in tensors
         task = heads.TOKEN_CLASSIFICATION if has_bias else heads.SEQUENCE_CLASSIFICATION
-        return f"{task}, {tensors['score.weight'].shape[0]} labels"
+        return f"{task}, {(*tensors['score.weight'].shape, 0)[0]} labels"
     if args.is_tied:
         return f"{heads.CAUSAL_LM}, tied to the embedding"
     return heads.CAUSAL_LM if "lm_head.weight" in tensors else f"none ({heads.BASE})"

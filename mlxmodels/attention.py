@@ -15,6 +15,7 @@ import mlx.nn as nn
 from metal import local_attention, local_attention_decode
 from mlxmodels.cache import LayerState, WindowCache
 from mlxmodels.full_cache import FullCache
+from mlxmodels.linear import Linear
 
 
 @dataclass
@@ -82,11 +83,11 @@ class GroupedQueryProjections(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, key_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, key_heads * head_dim, bias=bias)
+        self.q_proj = Linear(hidden_size, heads * head_dim, bias=bias)
+        self.k_proj = Linear(hidden_size, key_heads * head_dim, bias=bias)
+        self.v_proj = Linear(hidden_size, key_heads * head_dim, bias=bias)
         output_bias = bias if output_bias is None else output_bias
-        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=output_bias)
+        self.o_proj = Linear(heads * head_dim, hidden_size, bias=output_bias)
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries [B, H, T, D], keys and values [B, Hkv, T, D] of x [B, T, hidden_size]."""
@@ -131,7 +132,8 @@ def full_attention(
     if bidirectional or call.attentions is not None or call.documents is not None:
         mask = _explicit_mask(T, S, None, key_start, call, bidirectional)
         out = _explicit_attention(q, k, v, scale, softcap, mask, call)
-    elif softcap is not None:
+    elif softcap is not None or (T > 1 and mx.default_device().type == mx.DeviceType.cpu):
+        # MLX's own is no kernel on a CPU: it computes every score and masks half of them.
         out = local_attention(q, k, v, scale=scale, window=S, softcap=softcap, key_start=key_start)
     else:
         plain = "causal" if T > 1 else None
@@ -168,10 +170,15 @@ def window_attention(
     explicit = bidirectional or call.attentions is not None or call.documents is not None
     if cache is not None and cache.is_step(T) and not explicit:
         k, v, position = cache.write_step(k, v)
-        slots = k.shape[2]  # fewer than the window while no row is past them
-        out = local_attention_decode(
-            q, k, v, position=position, scale=scale, window=slots, softcap=softcap
-        )
+        # Fewer than the window while no row is past it; behind the longest row they hold nothing.
+        slots = min(max(cache.offsets) + 1, k.shape[2])
+        k, v = k[:, :, :slots], v[:, :, :slots]
+        if min(cache.offsets) + 1 >= slots:  # every row sees all of them
+            out = local_attention(q, k, v, scale=scale, window=slots, softcap=softcap)
+        else:
+            out = local_attention_decode(
+                q, k, v, position=position, scale=scale, window=slots, softcap=softcap
+            )
         return _merge_heads(out)
     key_start = None
     if cache is not None:

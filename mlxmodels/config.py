@@ -20,10 +20,14 @@ _MAX_NUMBER = 2**31
 MAX_WINDOW = 2**17
 """The longest sliding window that is believed."""
 
+MAX_LAYERS = 2**12
+"""The deepest model that is believed."""
+
 # Keys of related architectures that would change the math, with the values that do not. A family
 # that knows a key has it as a field.
-_FOREIGN: Mapping[str, tuple[Any, ...]] = {
+FOREIGN_KEYS: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
+    "attn_scale": (),
     "alibi": (False,),
     "attention_bias": (False,),
     "attention_chunk_size": (),
@@ -35,28 +39,42 @@ _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (0,),
     "is_encoder_decoder": (False,),
     "layer_types": (),
+    "layer_norm_epsilon": (),
     "logit_scale": (1,),
+    "logit_softcap": (0,),
     "logits_scaling": (1,),
     "logits_soft_cap": (0,),
     "mlp_bias": (False,),
     "n_routed_experts": (0,),
+    "no_rope_layers": (),
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
     "parallel_attn": (False,),
     "partial_rotary_factor": (1,),
+    "position_embedding_type": ("absolute", "rope", "rotary", "sinusoidal"),
     "pruned_heads": ({},),
     "qk_layernorm": (False,),
     "qk_norm": (False,),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1,),
+    "rope_base": (),
     "rope_interleave": (False,),
+    "rope_pct": (),
     "rope_scaling": (),
+    "rotary_base": (),
+    "rotary_dim": (),
+    "rotary_emb_base": (),
+    "rotary_pct": (),
+    "rotary_percent": (),
+    "rotary_percentage": (),
+    "scale_emb": (1,),
     "sliding_window": (),
     "tie_encoder_decoder": (False,),
     "use_alibi": (False,),
     "use_bidirectional_attention": (False,),
     "use_parallel_residual": (False,),
     "use_qk_norm": (False,),
+    "use_sliding_window": (False,),
 }
 
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -82,6 +100,11 @@ class ModelArgs:
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
+        layers = getattr(self, "num_hidden_layers", 0)
+        if layers > MAX_LAYERS:  # building them would take for ever
+            raise ModelError(
+                f"config.json sets num_hidden_layers to {layers}, expected at most {MAX_LAYERS}."
+            )
         if self.num_labels is not None:
             require_positive(self, "num_labels")
         if self.problem_type not in (None, *_PROBLEM_TYPES):
@@ -105,13 +128,19 @@ class ModelArgs:
         names = {field.name for field in fields(cls)}
         known = {k: v for k, v in config.items() if v is not None or k in cls.nullable}
         for alias, name in cls.aliases.items():
-            if alias in known:
-                known.setdefault(name, known[alias])
+            if alias not in known:
+                continue
+            value = known.setdefault(name, known[alias])
+            if value != known[alias] and alias not in cls.ignored:
+                raise ModelError(
+                    f"config.json sets {name} to {reprlib.repr(value)} and {alias} to "
+                    f"{reprlib.repr(known[alias])}, which mean the same; remove one of them."
+                )
         nested = rope_parameters(known)
         known.pop("rope_scaling", None)
         known |= nested
         own = {*names, *cls.aliases, *cls.ignored}
-        for key, allowed in _FOREIGN.items():
+        for key, allowed in FOREIGN_KEYS.items():
             value = known.get(key)
             if key not in own and value is not None and value not in allowed:
                 raise ModelError(
@@ -261,7 +290,8 @@ def rotary_dims(args: Any) -> int:
 def _rope_type(scaling: Any) -> str:
     if not isinstance(scaling, Mapping):
         return "default"
-    return str(scaling.get("rope_type", scaling.get("type", "default")))
+    unnamed = "without a name" if "factor" in scaling else "default"
+    return str(scaling.get("rope_type", scaling.get("type", unnamed)))
 
 
 def _typed(name: str, value: Any, annotation: Any) -> Any:

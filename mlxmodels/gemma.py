@@ -24,11 +24,13 @@ from mlxmodels import config, heads
 from mlxmodels.attention import Call, GroupedQueryProjections, full_attention
 from mlxmodels.full_cache import FullCache
 from mlxmodels.layers import GatedMLP, RMSNorm1P, Rotary, activation, embed
+from mlxmodels.linear import Embedding
 
 
 @dataclass
 class ModelArgs(config.ModelArgs):
     aliases: ClassVar = {"hidden_activation": "hidden_act"}
+    ignored: ClassVar = ("hidden_activation",)  # beside hidden_act, as in transformers 5
 
     model_type: str = "gemma"
     vocab_size: int = 256000
@@ -85,7 +87,7 @@ class Attention(GroupedQueryProjections):
     def __call__(self, x: mx.array, cache: FullCache | None, call: Call) -> mx.array:
         q, k, v = self.project(x)
         positions = call.positions(cache)
-        q, k = self._rope(q, positions), self._rope(k, positions)
+        q, k = self._rope(q, k, positions)
         if cache is not None:
             k, v = cache.update(k, v)
         out = full_attention(
@@ -112,7 +114,7 @@ class Block(nn.Module):
 class Gemma(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
         self.norm = RMSNorm1P(args.hidden_size, args.rms_norm_eps)
         self.embedding_scale = math.sqrt(args.hidden_size)

@@ -29,6 +29,7 @@ from mlxmodels.cache import WindowCache
 from mlxmodels.errors import ModelError
 from mlxmodels.full_cache import FullCache
 from mlxmodels.layers import GatedMLP, RMSNorm1P, Rotary, activation, embed, softcap
+from mlxmodels.linear import Embedding
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -36,6 +37,7 @@ FULL = "full_attention"
 
 @dataclass
 class ModelArgs(config.ModelArgs):
+    aliases: ClassVar = {"sliding_window_size": "sliding_window"}
     nullable: ClassVar = ("pad_token_id", "attn_logit_softcapping", "final_logit_softcapping")
 
     model_type: str = "gemma2"
@@ -115,7 +117,7 @@ class Attention(GroupedQueryProjections):
     def __call__(self, x: mx.array, cache: Any, call: Call) -> mx.array:
         q, k, v = self.project(x)
         positions = call.positions(cache)
-        q, k = self._rope(q, positions), self._rope(k, positions)
+        q, k = self._rope(q, k, positions)
         if self.window is not None:
             out = window_attention(q, k, v, cache, call, window=self.window, **self._terms)
         else:
@@ -145,7 +147,7 @@ class Block(nn.Module):
 class Gemma2(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args, kind) for kind in args.layer_types or ()]
         self.norm = RMSNorm1P(args.hidden_size, args.rms_norm_eps)
         self.embedding_scale = math.sqrt(args.hidden_size)

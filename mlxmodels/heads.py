@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlxmodels import losses
 from mlxmodels.attention import Call
 from mlxmodels.errors import ModelError
+from mlxmodels.linear import Linear
 from mlxmodels.weights import drop_tied_head, without_buffers
 
 CAUSAL_LM = "causal-lm"
@@ -90,7 +92,7 @@ class TaskModel(nn.Module):
         self.task = task
         self.model = self.decoder(args)
         if task == CAUSAL_LM and not args.is_tied:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+            self.lm_head = Linear(args.hidden_size, args.vocab_size, bias=False)
         elif task == SEQUENCE_CLASSIFICATION:
             self.score = nn.Linear(args.hidden_size, args.label_count, bias=False)
         elif task == TOKEN_CLASSIFICATION:
@@ -136,9 +138,11 @@ class TaskModel(nn.Module):
             attention_mask: [B, T], zero on padding before and after each row's tokens; a mask that
                 also covers what the states hold, [B, past + T], counts from its end. Rows then
                 equal the rows alone; what is computed on padding means nothing.
-            position_ids: [B or 1, T]; without it every row counts from its first token. Without
-                mask and states, a position that does not follow the one before opens a new
-                document, independent of the others, as in transformers.
+            position_ids: [B or 1, T] integer; without it every row counts from its first token.
+                Without mask and states, a position 0 after a row's first token opens a new
+                document, independent of those before. (transformers takes any jump for one, and in
+                XGLM and Open-Llama none.) With a mask or states there is one document, and
+                RecurrentGemma still drops its recurrent state at every position 0.
             cache: States from `make_cache`, read and advanced.
             labels: [B, T] integer, shifted inside (causal-lm) or not (token classification), -100
                 ignored; [B] integer or [B, labels] float (sequence classification).
@@ -152,30 +156,28 @@ class TaskModel(nn.Module):
         if self.bidirectional and cache is not None:
             raise ValueError("[forward] a bidirectional model keeps no states.")
         call = Call(
-            inputs_embeds=inputs_embeds,
             hidden_states=[] if output_hidden_states else None,
             attentions=[] if output_attentions else None,
         )
+        if inputs_embeds is not None:
+            call.inputs_embeds = inputs_embeds.astype(self.dtype)
         if position_ids is not None:
+            if position_ids.shape not in ((B, T), (1, T)) or not mx.issubdtype(
+                position_ids.dtype, mx.integer
+            ):
+                raise ValueError(
+                    f"[forward] expected position_ids [{B}, {T}] integer, "
+                    f"got {position_ids.shape} of {position_ids.dtype}."
+                )
             call.position_ids = mx.broadcast_to(position_ids, (B, T))
             if attention_mask is None and cache is None:
                 call.documents = _documents(call.position_ids)
         spans = None if attention_mask is None else _token_spans(attention_mask, B, T)
         is_padded = spans is not None and spans != ([0] * B, [T] * B)
-        states = cache
-        if is_padded and not self.bidirectional:
-            assert spans is not None
-            states = self._announce(spans, cache)
-        elif is_padded:
-            assert spans is not None and attention_mask is not None
+        if is_padded and self.bidirectional:
+            assert attention_mask is not None
             call.valid = attention_mask[:, -T:] != 0
-            if call.position_ids is None:
-                call.position_ids = mx.arange(T) - mx.array(spans[0])[:, None]
-
-        hidden = self.model(input_ids, states, call)
-        if is_padded:
-            for state in states or ():
-                state.finalize()
+        hidden = self._decoded(input_ids, cache, call, spans if is_padded else None)
         out = self._head(hidden)
         if self.task == SEQUENCE_CLASSIFICATION:
             out = out[mx.arange(B), self._last_tokens(input_ids, spans, B, T)]
@@ -197,6 +199,12 @@ class TaskModel(nn.Module):
             out: mx.array = self.model.embed_tokens.as_linear(hidden)
             return out
         return self.lm_head(hidden)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the hidden states: that of the norms, which quantization leaves alone."""
+        weights: list[tuple[str, mx.array]] = tree_flatten(self.layers[0].parameters())  # type: ignore[assignment]
+        return next(weight.dtype for _, weight in weights if weight.ndim == 1)
 
     @property
     def bidirectional(self) -> bool:
@@ -297,15 +305,29 @@ class TaskModel(nn.Module):
             return losses.sequence(out, labels, self.args.problem_type)
         return losses.cross_entropy(out, labels)
 
-    def _announce(self, spans: Spans, cache: States) -> Sequence[Any]:
-        left, ends = spans
-        states = self.make_cache() if cache is None else cache
-        for state in states:
-            if any(left):
-                state.prepare(left_padding=left, lengths=ends)
-            else:
-                state.prepare(lengths=ends)
-        return states
+    def _decoded(
+        self, input_ids: mx.array | None, cache: States, call: Call, padding: Spans | None
+    ) -> mx.array:
+        """Last hidden states; padding goes through states, which know how to leave it out."""
+        if padding is None or self.bidirectional:
+            states = cache
+        else:
+            states = self.make_cache() if cache is None else cache
+        before = [state.state for state in states or ()]
+        try:
+            if padding is not None:
+                for state in states or ():
+                    left = padding[0] if any(padding[0]) else None
+                    state.prepare(left_padding=left, lengths=padding[1])
+            hidden: mx.array = self.model(input_ids, states, call)
+            if padding is not None:
+                for state in states or ():
+                    state.finalize()
+        except Exception:
+            for state, was in zip(states or (), before, strict=True):
+                state.state = was  # a call that failed was none
+            raise
+        return hidden
 
     def _last_tokens(
         self, input_ids: mx.array | None, spans: Spans | None, B: int, T: int
@@ -330,7 +352,7 @@ class TaskModel(nn.Module):
 
 def _documents(position_ids: mx.array) -> mx.array | None:
     """Number of the packed document of every token, [B, T]; None if there is one per row."""
-    breaks = position_ids[:, 1:] - position_ids[:, :-1] != 1
+    breaks = position_ids[:, 1:] == 0
     if not breaks.any().item():
         return None
     return mx.pad(mx.cumsum(breaks.astype(mx.int32), axis=1), [(0, 0), (1, 0)])

@@ -84,13 +84,13 @@ def load(
     path = Path(path).expanduser()
     config = checkpoint.read_config(path)
     family = config["model_type"]
-    model_class, args_class = registry.model_classes(config)
+    registry.model_classes(config)  # or else refuse before reading anything
     files = checkpoint.weight_files(path)
     generation = checkpoint.read_optional_json(path / "generation_config.json")
     tokenizer = Tokenizer.from_directory(path)
 
     if registry.supported(family) == "native":
-        model = _load_native(path, files, config, model_class, args_class, task, dtype)
+        model: nn.Module = _load_native(path, files, config, task, dtype)
     elif task == heads.CAUSAL_LM:
         model = _load_zoo(path, dtype)
     else:
@@ -117,26 +117,17 @@ def _load_native(
     path: Path,
     files: list[Path],
     config: Mapping[str, Any],
-    model_class: Any,
-    args_class: Any,
     task: str,
     dtype: mx.Dtype | None,
 ) -> nn.Module:
     weights: dict[str, mx.array] = {}
     for file in files:
         weights.update(_read_tensors(file))
-    with _building(path):
-        args = args_class.from_dict(config)
-        if args.num_hidden_layers > max(64, len(weights)):  # building it would take for ever
-            raise ModelError(
-                f"config.json sets num_hidden_layers to {args.num_hidden_layers}, and {path} holds "
-                f"{len(weights)} tensors in all; check that config.json belongs to it."
-            )
-        model: nn.Module = model_class(args, task)
-    weights = model_class.sanitize(model, weights)
+    model = build(path, config, task, len(weights))
+    weights = model.sanitize(weights)
     plan = quantization.layer_settings(config, weights)
     _check_dtypes(path, weights, plan)
-    with _building(path):
+    with building(path):
         if dtype is not None:
             weights = quantization.expanded(weights, plan, dtype)
         else:
@@ -150,8 +141,30 @@ def _load_native(
     return model
 
 
+def build(path: Path, config: Mapping[str, Any], task: str, tensors: int) -> heads.TaskModel:
+    """A port with no weights yet; nothing is computed.
+
+    Args:
+        path: The directory, for errors.
+        tensors: How many its files hold.
+
+    Raises:
+        ModelError: the config describes a model that cannot be built, or another one.
+    """
+    model_class, args_class = registry.model_classes(config)
+    with building(path):
+        args = args_class.from_dict(config)  # type: ignore[attr-defined]
+        if args.num_hidden_layers > max(64, tensors):  # building it would take for ever
+            raise ModelError(
+                f"config.json sets num_hidden_layers to {args.num_hidden_layers}, and {path} holds "
+                f"{tensors} tensors in all; check that config.json belongs to it."
+            )
+        model: heads.TaskModel = model_class(args, task)
+    return model
+
+
 @contextlib.contextmanager
-def _building(path: Path) -> Iterator[None]:
+def building(path: Path) -> Iterator[None]:
     """Whatever a config makes the layers' constructors raise is the config's fault."""
     try:
         yield
@@ -268,6 +281,7 @@ def _load_zoo(path: Path, dtype: mx.Dtype | None) -> nn.Module:
     if dtype is not None:
         model.set_dtype(dtype)  # first, or expanding would round to the dtype of the scales
         model = dequantize_model(model)
+        model.set_dtype(dtype)  # and again: mxfp4, mxfp8 and nvfp4 expand to bfloat16
         mx.eval(model.parameters())
     loaded: nn.Module = model
     return loaded

@@ -1,4 +1,8 @@
-"""Losses of the tasks, in float32, as transformers 5.23 `loss/loss_utils.py` defines them."""
+"""Losses of the tasks, in float32, as transformers 5.23 `loss/loss_utils.py` defines them.
+
+Where no label counts the loss is 0, and so is its gradient; there it is NaN. Labels are checked,
+which waits for them: these functions cannot be part of a compiled one.
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,6 +14,8 @@ IGNORED = -100
 def next_token(logits: mx.array, labels: mx.array) -> mx.array:
     """Cross entropy of logits [B, T, V] at t with labels [B, T] at t + 1."""
     _check_shape(logits, labels)
+    if labels.shape[1] == 1:
+        return mx.array(0.0)
     return cross_entropy(logits[:, :-1], labels[:, 1:])
 
 
@@ -17,13 +23,19 @@ def cross_entropy(logits: mx.array, labels: mx.array, ignored: int = IGNORED) ->
     """Mean over the labels [...] that count, of logits [..., V]; 0 if none does.
 
     Raises:
-        ValueError: the labels' shape does not fit.
+        ValueError: the labels' shape does not fit, or one is no class.
     """
     _check_shape(logits, labels)
+    labels = labels.astype(mx.int32)
     counts = labels != ignored
-    each = nn.losses.cross_entropy(
-        logits.astype(mx.float32), mx.where(counts, labels, 0), reduction="none"
-    )
+    classes = logits.shape[-1]
+    known = mx.where(counts, labels, 0)
+    low, high = int(known.min()), int(known.max())
+    if low < 0 or high >= classes:  # MLX would read foreign memory
+        raise ValueError(
+            f"[forward] expected labels from 0 to {classes - 1} or {ignored}, got {low} to {high}."
+        )
+    each = nn.losses.cross_entropy(logits.astype(mx.float32), known, reduction="none")
     return mx.where(counts, each, 0.0).sum() / mx.maximum(counts.sum(), 1)
 
 

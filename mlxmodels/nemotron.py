@@ -23,6 +23,7 @@ from mlxmodels import config, heads
 from mlxmodels.attention import Call, GroupedQueryProjections, full_attention
 from mlxmodels.full_cache import FullCache
 from mlxmodels.layers import Rotary, activation, embed
+from mlxmodels.linear import Embedding, Linear
 
 
 @dataclass
@@ -74,6 +75,14 @@ class ModelArgs(config.ModelArgs):
         return self.tie_word_embeddings
 
 
+def _layer_norm_1p(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
+    weight, bias = 1.0 + weight.astype(mx.float32), bias.astype(mx.float32)
+    return mx.fast.layer_norm(x, weight, bias, eps).astype(x.dtype)
+
+
+_layer_norm_1p_step = mx.compile(_layer_norm_1p, shapeless=True)
+
+
 class LayerNorm1P(nn.Module):
     """LayerNorm that scales by (1 + weight); computed in float32 and rounded once."""
 
@@ -84,8 +93,8 @@ class LayerNorm1P(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        weight, bias = 1.0 + self.weight.astype(mx.float32), self.bias.astype(mx.float32)
-        return mx.fast.layer_norm(x, weight, bias, self.eps).astype(x.dtype)
+        norm = _layer_norm_1p_step if x.shape[-2] == 1 else _layer_norm_1p  # as in RMSNorm1P
+        return norm(x, self.weight, self.bias, self.eps)
 
 
 class Attention(GroupedQueryProjections):
@@ -105,7 +114,7 @@ class Attention(GroupedQueryProjections):
     def __call__(self, x: mx.array, cache: FullCache | None, call: Call) -> mx.array:
         q, k, v = self.project(x)
         positions = call.positions(cache)
-        q, k = self._rope(q, positions), self._rope(k, positions)
+        q, k = self._rope(q, k, positions)
         if cache is not None:
             k, v = cache.update(k, v)
         return self.o_proj(full_attention(q, k, v, cache, call, scale=self.head_dim**-0.5))
@@ -114,8 +123,8 @@ class Attention(GroupedQueryProjections):
 class MLP(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(args.hidden_size, args.intermediate_size, bias=args.mlp_bias)
-        self.down_proj = nn.Linear(args.intermediate_size, args.hidden_size, bias=args.mlp_bias)
+        self.up_proj = Linear(args.hidden_size, args.intermediate_size, bias=args.mlp_bias)
+        self.down_proj = Linear(args.intermediate_size, args.hidden_size, bias=args.mlp_bias)
         self._act = activation(args.hidden_act)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -138,7 +147,7 @@ class Block(nn.Module):
 class Nemotron(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
         self.norm = LayerNorm1P(args.hidden_size, args.norm_eps)
 

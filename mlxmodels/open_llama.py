@@ -31,6 +31,7 @@ from mlxmodels.attention import Call, GroupedQueryProjections, full_attention
 from mlxmodels.errors import ModelError
 from mlxmodels.full_cache import FullCache
 from mlxmodels.layers import GatedMLP, Rotary, activation, embed, rotate
+from mlxmodels.linear import Embedding
 
 
 @dataclass
@@ -130,7 +131,7 @@ class Attention(GroupedQueryProjections):
             q, k, v = self._turned_at_use(q, k, v, cache, call, self._rope)
         else:
             positions = call.positions(cache)
-            q, k = self._rope(q, positions), self._rope(k, positions)
+            q, k = self._rope(q, k, positions)
             if cache is not None:
                 k, v = cache.update(k, v)
         return self.o_proj(full_attention(q, k, v, cache, call, scale=self.head_dim**-0.5))
@@ -144,6 +145,11 @@ class Attention(GroupedQueryProjections):
         call: Call,
         rope: DynamicRotary,
     ) -> tuple[mx.array, mx.array, mx.array]:
+        if call.documents is not None:
+            raise ValueError(
+                "[forward] dynamic rope_scaling gives packed documents no length of their own; "
+                "pass them one by one."
+            )
         B, _, T, _ = q.shape
         lengths, starts = [T] * B, [0] * B
         if cache is not None:
@@ -176,7 +182,7 @@ class Block(nn.Module):
 class OpenLlama(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
         if args.use_stable_embedding:
             self.embed_layer_norm = nn.LayerNorm(args.hidden_size, eps=1e-5)
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]

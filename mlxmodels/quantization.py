@@ -1,22 +1,109 @@
-"""MLX quantized checkpoints: which layers are packed and how, taken from config.json.
+"""MLX quantized checkpoints: packing a model, and reading from config.json how a file is packed.
 
 A layer is quantized iff the file holds `<layer>.scales`; its settings are its own entry in
 `config["quantization"]`, else that object's defaults. Mixed files (4-bit here, 8-bit there) need
 nothing more.
+
+Only layers that know how to pack themselves (Linear, Embedding) ever are. Norms, RecurrentGemma's
+convolution and its RG-LRU gates are plain tensors of modules that do not, and `quant_predicate`
+keeps heads of a few labels out.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlxmodels.checkpoint import listed
 from mlxmodels.errors import ModelError
 
-_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+# What mx.quantize of MLX 0.32 takes, mx.quantize's own default first. It also takes affine with 1
+# bit, which leaves the lowest and the highest weight of each group: no model survives that.
+_MODES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
 
 Settings = dict[str, Any]
+"""group_size, bits and mode, as mx.quantize takes them."""
+
+Choice = Callable[[str, nn.Module], bool | Mapping[str, Any]]
+"""Whether to pack a layer, or with which settings of its own; mlx-lm's `quant_predicate`."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` did to a model."""
+
+    layers: dict[str, Settings]
+    """Settings of every packed layer, by its name."""
+    undivided: tuple[str, ...]
+    """Layers left as they are because no whole number of groups fits their rows."""
+    settings: Settings
+    """The defaults, then by name each layer that differs from them; False for the undivided."""
+
+    def describe(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json of the packed model, with the two entries that mlx-lm writes."""
+        entries = dict.fromkeys(("quantization", "quantization_config"), self.settings)
+        return {**config, **entries}
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
+    choose: Choice | None = None,
+) -> Quantized:
+    """Pack a model's layers, in place; all of them are chosen and checked before one is changed.
+
+    Args:
+        model: A float model, a port of ours or mlx-lm's. What its `quant_predicate` keeps out stays
+            as it is.
+        bits, group_size: None is the mode's default: affine 4 bits in groups of 64, mxfp4 and
+            mxfp8 in groups of 32, nvfp4 in groups of 16.
+        mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
+        choose: Asked about every layer that may be packed; None packs them all.
+
+    Raises:
+        ModelError: settings MLX does not have, a model already packed, or nothing left to pack.
+
+    Warns with the names of layers whose rows the group size does not divide.
+    """
+    defaults = _complete({"mode": mode, "group_size": group_size, "bits": bits}, "the model")
+    plan: dict[str, Settings] = {}
+    undivided: list[str] = []
+    for name, layer in _packable(model).items():
+        settings = _chosen(name, layer, defaults, (getattr(model, "quant_predicate", None), choose))
+        if settings is None:
+            continue
+        if layer.weight.shape[-1] % settings["group_size"]:
+            undivided.append(name)
+        else:
+            plan[name] = settings
+    if not plan:
+        raise ModelError(
+            f"no layer can be packed in groups of {defaults['group_size']}"
+            + (f": they do not divide the rows of {listed(undivided)}." if undivided else ".")
+        )
+    if undivided:
+        warnings.warn(
+            f"{len(undivided)} layers stay as they are, because their rows are not divisible by "
+            f"the group size: {listed(undivided)}",
+            stacklevel=2,
+        )
+    quantize_layers(model, plan)
+    mx.eval(model.parameters())
+    own = {name: settings for name, settings in plan.items() if settings != defaults}
+    entry = defaults | own | dict.fromkeys(undivided, False)
+    return Quantized(layers=plan, undivided=tuple(undivided), settings=entry)
 
 
 def layer_settings(
@@ -45,7 +132,7 @@ def layer_settings(
             f"{len(layers)} layers are quantized ({listed(layers)}), but config.json has no "
             f"quantization entry that says how; convert the model again."
         )
-    return {layer: _settings(layer, described) for layer in layers}
+    return {layer: _settings(layer, described, weights[f"{layer}.scales"]) for layer in layers}
 
 
 def quantize_layers(model: nn.Module, plan: Mapping[str, Settings]) -> None:
@@ -96,15 +183,63 @@ def _unpacked(
     return full.astype(dtype)
 
 
-def _settings(layer: str, described: Mapping[str, Any]) -> Settings:
+def _packable(model: nn.Module) -> dict[str, Any]:
+    """The layers that know how to pack themselves, in the model's order."""
+    leaves = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
+    packed = [name for name, layer in leaves.items() if "scales" in layer]
+    if packed:
+        raise ModelError(
+            f"{len(packed)} layers of the model are quantized already ({listed(packed)}); start "
+            f"from its float weights, or load it with a dtype, which expands it."
+        )
+    return {name: layer for name, layer in leaves.items() if hasattr(layer, "to_quantized")}
+
+
+def _chosen(
+    name: str, layer: nn.Module, defaults: Settings, choices: tuple[Choice | None, ...]
+) -> Settings | None:
+    """Settings of one layer, the last choice's own going first; None if any keeps it out."""
+    settings = defaults
+    for choice in choices:
+        answer = True if choice is None else choice(name, layer)
+        if isinstance(answer, Mapping):
+            settings = _complete(answer, name)
+        elif not answer:
+            return None
+    return settings
+
+
+def _complete(asked: Mapping[str, Any], what: str) -> Settings:
+    """Settings with the mode's defaults filled in.
+
+    Raises:
+        ModelError: MLX has no such mode, group size or bits.
+    """
+    mode = asked.get("mode", "affine")  # what a layer's to_quantized takes an absent mode for
+    if mode not in _MODES:
+        known_modes = ", ".join(_MODES)
+        raise ModelError(f"{what} cannot be packed in mode {mode!r}; known are {known_modes}.")
+    settings: Settings = {}
+    for key, known in zip(("group_size", "bits"), _MODES[mode], strict=True):
+        value = asked.get(key)
+        settings[key] = known[0] if value is None else value
+        if type(settings[key]) is not int or settings[key] not in known:
+            values = ", ".join(map(str, sorted(known)))
+            raise ModelError(f"{what} cannot be packed with {key} {value!r}: {mode} has {values}.")
+    return {**settings, "mode": mode}
+
+
+def _settings(layer: str, described: Mapping[str, Any], scales: mx.array) -> Settings:
     own = described.get(layer)
     if own is False:
         raise ModelError(f"config.json says {layer} is not quantized, but the file packs it.")
     own = own if isinstance(own, dict) else {}
     mode = own.get("mode", described.get("mode", "affine"))
+    if own and "mode" not in own and mx.issubdtype(scales.dtype, mx.floating):
+        mode = "affine"  # as mlx-lm reads it: gpt-oss is mxfp4 but for such entries
     settings = {key: own.get(key, described.get(key)) for key in ("group_size", "bits")}
     valid = all(type(value) is int and value > 0 for value in settings.values())
-    if not valid or mode not in _MODES:
+    if not valid or mode not in tuple(_MODES):
         raise ModelError(
             f"config.json quantizes {layer} with {settings} and mode {mode!r}, "
             f"expected two numbers and one of {', '.join(_MODES)}."

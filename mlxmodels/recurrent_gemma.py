@@ -19,6 +19,7 @@ Where the references disagree or err:
 - transformers up to 5.23 zeroes the convolution's tail when a prompt is continued by more than one
   token, and lets left padding into the convolution. Here a chunked prompt equals a whole one and a
   padded row equals the row alone.
+- a position 0 drops the recurrent state, as in transformers, and here the convolution's tail too.
 - transformers ignores `embeddings_scale_by_sqrt_dim`; DeepMind's false switches the scaling off,
   and so it does here.
 - gates, decay and state are float32 for any weights (transformers: only the state).
@@ -36,7 +37,8 @@ from mlxmodels import config, heads
 from mlxmodels.attention import Call, GroupedQueryProjections, window_attention
 from mlxmodels.cache import RecurrentState, WindowCache
 from mlxmodels.errors import ModelError
-from mlxmodels.layers import GatedMLP, RMSNorm1P, Rotary, activation, embed, softcap
+from mlxmodels.layers import GatedMLP, RMSNorm1P, Rotary, activation, embed, gated, softcap
+from mlxmodels.linear import Embedding, Linear
 
 
 @dataclass
@@ -82,6 +84,10 @@ class ModelArgs(config.ModelArgs):
             *("attention_window_size", "rope_theta", "rms_norm_eps"),
         )
         config.require_window(self, "attention_window_size")
+        if self.conv1d_width > 1024:  # its taps are added one by one
+            raise ModelError(
+                f"config.json sets conv1d_width to {self.conv1d_width}, expected at most 1024."
+            )
         config.require_divisor(self, "num_attention_heads", "hidden_size")
         config.require_divisor(self, "num_attention_heads", "lru_width")
         config.require_divisor(self, "num_key_value_heads", "num_attention_heads")
@@ -183,36 +189,33 @@ class RecurrentBlock(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         assert args.lru_width is not None
-        self.linear_y = nn.Linear(args.hidden_size, args.lru_width)
-        self.linear_x = nn.Linear(args.hidden_size, args.lru_width)
-        self.linear_out = nn.Linear(args.lru_width, args.hidden_size)
+        self.linear_y = Linear(args.hidden_size, args.lru_width)
+        self.linear_x = Linear(args.hidden_size, args.lru_width)
+        self.linear_out = Linear(args.lru_width, args.hidden_size)
         self.conv_1d = Conv1d(args.lru_width, args.conv1d_width)
         self.rg_lru = RGLRU(args.lru_width, args.num_attention_heads)
-        self._act = activation(args.hidden_activation)
+        self._gate = gated(activation(args.hidden_activation))
 
     def __call__(self, x: mx.array, cache: RecurrentState | None, call: Call) -> mx.array:
         if cache is None:
             cache = RecurrentState()
         reset, lengths = cache.begin(x)
-        reset = _starts(reset, cache, call)
-        y = self._act(self.linear_y(x))
-        u = self.linear_x(x)
+        padding = None
+        if call.position_ids is not None:
+            # Only position 0 is computed as a beginning, wherever a row's tokens begin; so padding
+            # before them must have left nothing behind.
+            reset = call.position_ids == 0
+            padding = cache.make_mask(x.shape[1])
+        u = _blanked(self.linear_x(x), padding)
         u, cache.conv = self.conv_1d(u, cache.conv, lengths, reset)
+        u = _blanked(u, padding)
         u, cache.hidden = self.rg_lru(u, cache.hidden, lengths, reset)
-        return self.linear_out(u * y)
+        return self.linear_out(self._gate(self.linear_y(x), u))
 
 
-def _starts(reset: mx.array | None, state: RecurrentState, call: Call) -> mx.array | None:
-    """Where the state is dropped, [B, T] bool: by position if the call numbers its tokens."""
-    if call.position_ids is None:
-        return reset
-    starts = call.position_ids == 0
-    if reset is not None and min(state.offsets) < 0:
-        starts = starts | reset  # nothing of the padding before a row's first token stays
-    if call.documents is not None:
-        before = mx.pad(call.documents[:, :-1], [(0, 0), (1, 0)])
-        starts = starts | (call.documents != before)
-    return starts
+def _blanked(x: mx.array, mask: mx.array | None) -> mx.array:
+    """x [B, T, E], zero where a mask [B, T] is false."""
+    return x if mask is None else mx.where(mask[..., None], x, mx.zeros_like(x))
 
 
 class Attention(GroupedQueryProjections):
@@ -234,7 +237,7 @@ class Attention(GroupedQueryProjections):
     def __call__(self, x: mx.array, cache: WindowCache | None, call: Call) -> mx.array:
         q, k, v = self.project(x)
         positions = call.positions(cache)
-        q, k = self._rope(q, positions), self._rope(k, positions)
+        q, k = self._rope(q, k, positions)
         scale = self.head_dim**-0.5
         return self.o_proj(window_attention(q, k, v, cache, call, scale=scale, window=self.window))
 
@@ -257,7 +260,7 @@ class Block(nn.Module):
 class Griffin(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args, kind) for kind in args.layer_types]
         self.final_norm = RMSNorm1P(args.hidden_size, args.rms_norm_eps)
         self.embedding_scale: Any = 1.0

@@ -66,7 +66,9 @@ class TokenizerJson:
         """
         try:
             return cls(tokenizers.Tokenizer.from_file(str(file)))
-        except Exception as error:  # tokenizers raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # bare Exception, and panics, which are not even that
             raise ModelError(f"{file} cannot be read: {error}. Download it again.") from error
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:

@@ -27,7 +27,8 @@ from mlxmodels import config, heads
 from mlxmodels.attention import Call, full_attention, split_heads
 from mlxmodels.errors import ModelError
 from mlxmodels.full_cache import FullCache
-from mlxmodels.layers import activation
+from mlxmodels.layers import activation, embed
+from mlxmodels.linear import Embedding, Linear
 
 _FIRST_POSITION = 2  # fairseq keeps 0 and 1 for padding
 
@@ -95,10 +96,10 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.head_dim = args.d_model // args.attention_heads
-        self.q_proj = nn.Linear(args.d_model, args.d_model)
-        self.k_proj = nn.Linear(args.d_model, args.d_model)
-        self.v_proj = nn.Linear(args.d_model, args.d_model)
-        self.out_proj = nn.Linear(args.d_model, args.d_model)
+        self.q_proj = Linear(args.d_model, args.d_model)
+        self.k_proj = Linear(args.d_model, args.d_model)
+        self.v_proj = Linear(args.d_model, args.d_model)
+        self.out_proj = Linear(args.d_model, args.d_model)
 
     def __call__(self, x: mx.array, cache: FullCache | None, call: Call) -> mx.array:
         q = split_heads(self.q_proj(x), self.head_dim)
@@ -115,8 +116,8 @@ class Block(nn.Module):
         self.self_attn_layer_norm = nn.LayerNorm(args.d_model)
         self.self_attn = Attention(args)
         self.final_layer_norm = nn.LayerNorm(args.d_model)
-        self.fc1 = nn.Linear(args.d_model, args.ffn_dim)
-        self.fc2 = nn.Linear(args.ffn_dim, args.d_model)
+        self.fc1 = Linear(args.d_model, args.ffn_dim)
+        self.fc2 = Linear(args.ffn_dim, args.d_model)
         self._act = activation(args.activation_function)
 
     def __call__(self, x: mx.array, cache: FullCache | None, call: Call) -> mx.array:
@@ -127,7 +128,7 @@ class Block(nn.Module):
 class XGLM(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.d_model)
+        self.embed_tokens = Embedding(args.vocab_size, args.d_model)
         self.layers = [Block(args) for _ in range(args.num_layers)]
         self.layer_norm = nn.LayerNorm(args.d_model)
         self.embedding_scale = math.sqrt(args.d_model) if args.scale_embedding else 1.0
@@ -139,7 +140,7 @@ class XGLM(nn.Module):
         call = call or Call()
         x = call.inputs_embeds
         if x is None:
-            x = self.embed_tokens(inputs) * self.embedding_scale
+            x = embed(self.embed_tokens, inputs, self.layer_norm) * self.embedding_scale
         T, dims = x.shape[1:]
         positions = call.positions(cache[0] if cache else None)
         if not isinstance(positions, mx.array) or positions.ndim == 1:

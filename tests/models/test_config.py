@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from mlxmodels import ModelError
+from mlxmodels import ModelError, registry
+from mlxmodels.config import FOREIGN_KEYS
 from mlxmodels.open_llama import ModelArgs as OpenLlamaArgs
 from mlxmodels.recurrent_gemma import ModelArgs as RecurrentGemmaArgs
 from mlxmodels.registry import model_classes
@@ -194,6 +196,42 @@ def test_what_would_change_the_math_is_refused_by_name(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         griffin(**config)
+
+
+@pytest.mark.parametrize("key", FOREIGN_KEYS)
+@pytest.mark.parametrize("family", registry.NATIVE)
+def test_every_key_that_changes_the_math_is_known_neutral_or_refused(family: str, key: str) -> None:
+    _, args_class = model_classes({"model_type": family})
+    own = {field.name for field in dataclasses.fields(args_class)}  # type: ignore[arg-type]
+    own |= {*args_class.aliases, *args_class.ignored}  # type: ignore[attr-defined]
+    if key in own:
+        return
+    for neutral in FOREIGN_KEYS[key]:
+        assert read(family, **{key: neutral}) == read(family)
+    with pytest.raises(ModelError, match=f"sets {key} to"):
+        read(family, **{key: {"type": "linear", "factor": 7.5} if key == "rope_scaling" else 7.5})
+
+
+def test_two_names_of_one_field_must_agree() -> None:
+    assert read("gemma2", sliding_window=8, sliding_window_size=8).sliding_window == 8
+    with pytest.raises(ModelError, match="sliding_window to 8 and sliding_window_size to 9"):
+        read("gemma2", sliding_window=8, sliding_window_size=9)
+
+
+def test_scaling_by_a_factor_needs_a_name() -> None:
+    with pytest.raises(ModelError, match="rope_scaling of type 'without a name'"):
+        read("gemma", rope_scaling={"factor": 8.0})
+    for factor in (0.5, "8", True, None):
+        with pytest.raises(ModelError, match="factor of rope_scaling"):
+            read("gemma", rope_scaling={"type": "linear", "factor": factor})
+    both = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5}}
+    assert (read("gemma", **both).rope_factor, read("gemma", **both).rope_theta) == (2.0, 10000.0)
+
+
+@pytest.mark.parametrize("family", registry.NATIVE)
+def test_a_model_of_absurd_depth_is_refused_at_once(family: str) -> None:
+    with pytest.raises(ModelError, match="num_hidden_layers to 2000000000, expected at most"):
+        read(family, **{"num_layers" if family == "xglm" else "num_hidden_layers": 2 * 10**9})
 
 
 def test_harmless_keys_are_ignored() -> None:

@@ -147,6 +147,131 @@ def test_several_rows_without_a_pad_token_need_a_mask(tokens: mx.array) -> None:
     assert mx.allclose(masked.logits[0], model.forward(tokens).logits[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_attentions_of_padded_rows_are_those_of_the_rows_alone(
+    model: Any, tokens: mx.array, left: bool
+) -> None:
+    ids, mask = rows_padded(tokens, left)
+    out = model.forward(ids, attention_mask=mask, output_attentions=True)
+    T = ids.shape[1]
+    for i, n in enumerate(LENGTHS):
+        alone = model.forward(tokens[:, :n], output_attentions=True)
+        first = T - n if left else 0
+        span = slice(first, first + n)
+        assert_logits_close("logits", out.logits[i : i + 1, span], alone.logits)
+        for got, want in zip(out.attentions, alone.attentions, strict=True):
+            assert mx.allclose(got[i : i + 1, :, span, span], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_padded_rows_with_positions_of_their_own_equal_the_rows_alone(
+    model: Any, tokens: mx.array, left: bool
+) -> None:
+    ids, mask = rows_padded(tokens, left)
+    T = ids.shape[1]
+    begins = mx.array([T - n if left else 0 for n in LENGTHS])[:, None]
+    positions = mx.maximum(3 + 2 * (mx.arange(T) - begins), 0)
+    out = model.forward(ids, attention_mask=mask, position_ids=positions)
+    for i, n in enumerate(LENGTHS):
+        own = (3 + 2 * mx.arange(n))[None]
+        alone = model.forward(tokens[:, :n], position_ids=own)
+        first = T - n if left else 0
+        assert_logits_close("row", out.logits[i : i + 1, first : first + n], alone.logits)
+
+
+def test_positions_may_jump_within_a_document(model: Any, tokens: mx.array) -> None:
+    positions = mx.concatenate([mx.arange(20), mx.arange(25, 45)])[None]
+    unmasked = model.forward(tokens, position_ids=positions)
+    ones = mx.ones((1, 40), dtype=mx.int32)
+    masked = model.forward(tokens, position_ids=positions, attention_mask=ones)
+    assert_logits_close("one document", unmasked.logits, masked.logits)
+
+
+def test_one_row_of_positions_serves_the_batch(model: Any, tokens: mx.array) -> None:
+    rows = mx.concatenate([tokens, tokens])
+    out = model.forward(rows, position_ids=(5 + mx.arange(40))[None])
+    alone = model.forward(tokens, position_ids=(5 + mx.arange(40))[None])
+    assert_logits_close("second row", out.logits[1:], alone.logits)
+
+
+def test_positions_continue_a_state(model: Any, tokens: mx.array) -> None:
+    cache = model.make_cache()
+    model.forward(tokens[:, :25], cache=cache)
+    after = model.forward(tokens[:, 25:], cache=cache, position_ids=mx.arange(25, 40)[None])
+    assert_logits_close("numbered", after.logits, model(tokens)[:, 25:])
+
+
+def test_a_call_that_failed_leaves_the_states_as_they_were(model: Any, tokens: mx.array) -> None:
+    ids, mask = rows_padded(tokens, left=False)
+    cache = model.make_cache()
+    model.forward(mx.broadcast_to(tokens[:, :9], (4, 9)), cache=cache)
+    last = model.layers[-1]
+    model.model.layers[-1] = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        model.forward(ids, attention_mask=mask, cache=cache)
+    model.model.layers[-1] = last
+    assert cache[0].offsets == (9, 9, 9, 9)
+    after = model.forward(mx.broadcast_to(tokens[:, 9:], (4, 31)), cache=cache)
+    assert_logits_close("after", after.logits[3:], model(tokens)[:, 9:])
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_embeddings_are_taken_in_the_model_s_dtype(
+    model: Any, tokens: mx.array, dtype: mx.Dtype
+) -> None:
+    model.set_dtype(dtype)
+    cache = model.make_cache()
+    embeds = mx.random.normal((1, 5, 32), dtype=mx.float32)
+    out = model.forward(inputs_embeds=embeds, cache=cache)
+    assert out.logits.dtype == dtype
+    assert model.forward(tokens[:, :3], cache=cache).logits.dtype == dtype
+
+
+def test_dynamic_scaling_refuses_what_has_no_one_length(tokens: mx.array) -> None:
+    model = task_model(CONFIGS["open_llama_dynamic"])
+    restart = mx.concatenate([mx.arange(20), mx.arange(20)])[None]
+    with pytest.raises(ValueError, match="packed documents no length of their own"):
+        model.forward(tokens, position_ids=restart)
+    cache = model.make_cache()
+    model.forward(tokens[:, :5], cache=cache)
+    with pytest.raises(ValueError, match="cannot continue a state under dynamic"):
+        model.forward(tokens[:, 5:9], cache=cache, position_ids=mx.arange(5, 9)[None])
+    assert cache[0].offsets == (5,)
+
+
+@pytest.mark.parametrize("bad", [97, -1, 10**6])
+def test_labels_that_are_no_class_are_refused(bad: int) -> None:
+    ids = mx.array([[5, 6, 7]])
+    with pytest.raises(ValueError, match=f"labels from 0 to 96 or -100, got .*{bad}"):
+        task_model(GEMMA).forward(ids, labels=mx.array([[5, bad, 5]]))
+    tokens_model = task_model(GEMMA, heads.TOKEN_CLASSIFICATION)
+    with pytest.raises(ValueError, match="labels from 0 to 1 or -100"):
+        tokens_model.forward(ids, labels=mx.array([[0, bad, 1]]))
+    rows_model = task_model(GEMMA, heads.SEQUENCE_CLASSIFICATION)
+    with pytest.raises(ValueError, match="labels from 0 to 1 or -100"):
+        rows_model.forward(ids, labels=mx.array([bad]))
+
+
+def test_labels_of_every_integer_dtype_and_of_single_tokens_count(tokens: mx.array) -> None:
+    model = task_model(GEMMA)
+    want = model.forward(tokens, labels=tokens.astype(mx.int32)).loss
+    for dtype in (mx.uint32, mx.int64, mx.uint8):
+        assert mx.array_equal(model.forward(tokens, labels=tokens.astype(dtype)).loss, want)
+    assert model.forward(tokens[:, :1], labels=tokens[:, :1]).loss.item() == 0
+
+
+def test_regression_with_one_output_takes_either_shape_of_labels(tokens: mx.array) -> None:
+    rows = mx.concatenate([tokens[:, :5], tokens[:, 5:10]])
+    for problem_type in (None, "regression"):
+        model = task_model(
+            GEMMA, heads.SEQUENCE_CLASSIFICATION, num_labels=1, problem_type=problem_type
+        )
+        labels = mx.array([0.5, -1.0])
+        flat, column = (model.forward(rows, labels=y).loss for y in (labels, labels[:, None]))
+        logits = model.forward(rows).logits[:, 0]
+        assert mx.allclose(flat, mx.square(logits - labels).mean()) and mx.array_equal(flat, column)
+
+
 @pytest.mark.parametrize(
     ("task", "arguments", "message"),
     [
@@ -164,6 +289,9 @@ def test_several_rows_without_a_pad_token_need_a_mask(tokens: mx.array) -> None:
             "causal-lm model takes no start or end",
         ),
         ("causal-lm", {"input_ids": [[1, 2]], "attention_mask": [[1]]}, "attention_mask"),
+        ("causal-lm", {"input_ids": [[1, 2]], "position_ids": [[1]]}, "position_ids"),
+        ("causal-lm", {"input_ids": [[1, 2]], "position_ids": [[0.0, 1.0]]}, "integer, got"),
+        ("causal-lm", {"inputs_embeds": [[[1.0]]]}, r"inputs_embeds \[B, T, 32\]"),
         ("causal-lm", {"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}, "row 0 .* no token"),
         (
             "causal-lm",

@@ -117,7 +117,7 @@ def test_mixed_quantized_layers_load_bit_exactly(
     assert nn.QuantizedLinear in kinds
     if config is OPEN_LLAMA:
         layers = loaded.model.layers
-        assert type(layers[0].mlp.up_proj) is nn.Linear
+        assert isinstance(layers[0].mlp.up_proj, nn.Linear)
         assert layers[0].mlp.down_proj.bits == 8 and layers[1].mlp.up_proj.bits == 4
 
 
@@ -177,11 +177,11 @@ def test_leftovers_of_published_files_are_dropped(tmp_path: Path, tokens: mx.arr
         assert mx.array_equal(load(path).model(tokens), model(tokens))
 
 
-def test_a_tied_head_that_differs_is_ignored_with_a_warning(tmp_path: Path) -> None:
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
     weights = flat(random_model(OPEN_LLAMA))
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1.0
     path = write_checkpoint(tmp_path / "m", OPEN_LLAMA, weights)
-    with pytest.warns(UserWarning, match="lm_head.weight differs"):
+    with pytest.raises(ModelError, match="lm_head.weight that differs from the embedding"):
         load(path)
 
 
