@@ -124,18 +124,20 @@ def _address(library: ctypes.CDLL) -> int | None:
     return ctypes.cast(library[_ESSENTIAL], ctypes.c_void_p).value
 
 
-def _package_directory(name: str) -> Path | None:
+def _package_file(name: str, pattern: str) -> Path | None:
+    """The first file of an installed package that fits, wherever a namespace package has its parts.
+
+    MLX's own kernel cache, /tmp/mlx, is one of them for a script that was started in /tmp.
+    """
     # find_spec runs no code of a top-level package.
     spec = importlib.util.find_spec(name)
     locations = list(spec.submodule_search_locations or []) if spec else []
-    return Path(locations[0]) if locations else None
+    files = (file for place in locations for file in sorted((Path(place) / "lib").glob(pattern)))
+    return next(files, None)
 
 
 def _packaged_library() -> Path | None:
-    directory = _package_directory("scipy_openblas32")
-    if directory is None:
-        return None
-    return next(iter(sorted((directory / "lib").glob("libscipy_openblas*.so*"))), None)
+    return _package_file("scipy_openblas32", "libscipy_openblas*.so*")
 
 
 def _system_library() -> Blas | None:
@@ -149,9 +151,8 @@ def _mlx_imports() -> set[str]:
     Raises:
         GryphonError: MLX is not installed.
     """
-    directory = _package_directory("mlx")
-    library = directory / "lib" / "libmlx.so" if directory else None
-    if library is None or not library.exists():
+    library = _package_file("mlx", "libmlx.so")
+    if library is None:
         raise GryphonError("mlx_not_installed", "MLX's libmlx.so was not found.")
     return ElfLibrary(library.read_bytes()).undefined()
 

@@ -162,3 +162,14 @@ def test_only_the_wanted_names_lose_their_prefix() -> None:
     assert [s.value for s in renamed.symbols] == [s.value for s in original.symbols]
     with pytest.raises(ElfError, match="defines no symbol"):
         original.export_without_prefix("scipy_", {"no_such_name"})
+
+
+def test_mlx_is_found_behind_a_directory_of_its_name(tmp_path: Path) -> None:
+    """MLX caches kernels in /tmp/mlx, which a script in /tmp sees as part of the package."""
+    (tmp_path / "mlx").mkdir()
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from app.engine import blas\n"
+        "assert 'cblas_sgemm' in blas._mlx_imports()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
