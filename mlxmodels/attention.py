@@ -2,7 +2,7 @@
 
 The plain case runs through MLX's fused attention or `metal.local_attention`. A call that asks for
 the attention weights, packs several documents in a row or lets tokens look ahead is computed with
-an explicit mask instead; both give the same numbers.
+an explicit mask instead; in float32 both give the same numbers.
 """
 
 from collections.abc import Sequence
@@ -43,6 +43,11 @@ class Call:
         if self.position_ids is not None:
             return self.position_ids
         return 0 if state is None else state.offset
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether attention must be computed with a mask of its own and its weights seen."""
+        return self.attentions is not None or self.documents is not None
 
     def mask(self, cache: FullCache, T: int) -> mx.array | str | None:
         """The growing caches' mask, made once: they move together."""
@@ -129,7 +134,7 @@ def full_attention(
     key_start = None
     if cache is not None and any(cache.starts):
         key_start = mx.array(cache.starts)
-    if bidirectional or call.attentions is not None or call.documents is not None:
+    if bidirectional or call.is_explicit:
         mask = _explicit_mask(T, S, None, key_start, call, bidirectional)
         out = _explicit_attention(q, k, v, scale, softcap, mask, call)
     elif softcap is not None or (T > 1 and mx.default_device().type == mx.DeviceType.cpu):
@@ -167,7 +172,7 @@ def window_attention(
         [B, T, H * D].
     """
     T = q.shape[2]
-    explicit = bidirectional or call.attentions is not None or call.documents is not None
+    explicit = bidirectional or call.is_explicit
     if cache is not None and cache.is_step(T) and not explicit:
         k, v, position = cache.write_step(k, v)
         # Fewer than the window while no row is past it; behind the longest row they hold nothing.

@@ -38,7 +38,7 @@ CONDITIONS = {
     "attentions": ("attentions",),
     "inputs_embeds": ("embeds",),
     "position_ids": ("positions", "packed"),
-    "losses": ("loss", "labels", "single_label", "multi_label", "regression", "spans"),
+    "losses": ("loss", "single_label", "multi_label", "regression"),
 }
 
 
@@ -67,13 +67,15 @@ def document(
     worst: dict[tuple[str, str], dict[str, float]],
     half: list[tuple[str, str, goldens.HalfPrecision]],
 ) -> str:
+    made_by = {goldens.Golden(name).metadata["reference"] for name in goldens.NAMES}
+    references = " and ".join(sorted({" ".join(text.split()[:2]) for text in made_by}))
     lines = [
         "# Parity with the reference implementations",
         "",
         f"Written by `scripts/parity.py` on {date.today()}: MLX {mx.__version__}, "
         f"{platform.system()} {platform.machine()}, {mx.default_device()}. "
-        f"{len(goldens.NAMES)} tiny random models; `tests/golden/README.md` says how they and the "
-        "references' numbers were made. CI checks every one of these figures.",
+        f"{len(goldens.NAMES)} tiny random models of {references}; `tests/golden/README.md` says "
+        "how they and the references' numbers were made. CI checks every one of these figures.",
         "",
         "## float32",
         "",
