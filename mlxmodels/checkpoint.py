@@ -93,7 +93,7 @@ def _indexed_files(path: Path, index: Mapping[str, Any]) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path}/model.safetensors.index.json has no weight_map.")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or not 0 < len(name) < 256:
             raise ModelError(
                 f"{path}/model.safetensors.index.json names {name!r}, expected a file beside it."
             )

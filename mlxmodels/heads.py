@@ -5,6 +5,7 @@ Hugging Face model takes and names what it returns. Losses follow transformers 5
 `loss/loss_utils.py`, pooling its `modeling_layers.py`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -109,6 +110,8 @@ class TaskModel(nn.Module):
             inputs: Token ids, [B, T], integer.
             cache: States from `make_cache`, read and advanced; None for a whole sequence.
 
+        Ids are not checked: one outside the vocabulary reads foreign memory. `forward` checks.
+
         Returns:
             In the model's dtype: logits of the next token [B, T, V]; last hidden states
             [B, T, hidden_size] of a base model; label logits [B, T, labels]; start and end logits
@@ -153,8 +156,7 @@ class TaskModel(nn.Module):
         """
         B, T = self._check_tokens(input_ids, inputs_embeds)
         self._check_labels(labels, start_positions, end_positions)
-        if self.bidirectional and cache is not None:
-            raise ValueError("[forward] a bidirectional model keeps no states.")
+        self._check_cache(cache)
         call = Call(
             hidden_states=[] if output_hidden_states else None,
             attentions=[] if output_attentions else None,
@@ -169,10 +171,14 @@ class TaskModel(nn.Module):
                     f"[forward] expected position_ids [{B}, {T}] integer, "
                     f"got {position_ids.shape} of {position_ids.dtype}."
                 )
+            low, high = int(position_ids.min()), int(position_ids.max())
+            if low < 0 or high >= 2**31:
+                raise ValueError(f"[forward] expected position_ids from 0, got {low} to {high}.")
             call.position_ids = mx.broadcast_to(position_ids, (B, T))
             if attention_mask is None and cache is None:
                 call.documents = _documents(call.position_ids)
-        spans = None if attention_mask is None else _token_spans(attention_mask, B, T)
+        past = max(cache[0].offsets) if cache else 0
+        spans = None if attention_mask is None else _token_spans(attention_mask, B, T, past)
         is_padded = spans is not None and spans != ([0] * B, [T] * B)
         if is_padded and self.bidirectional:
             assert attention_mask is not None
@@ -256,10 +262,27 @@ class TaskModel(nn.Module):
             return self.qa_outputs(hidden)
         return hidden if self.task == BASE else self.score(hidden)
 
+    def _check_cache(self, cache: States) -> None:
+        if cache is None:
+            return
+        if self.bidirectional:
+            raise ValueError("[forward] a bidirectional model keeps no states.")
+        want = [type(state).__name__ for state in self.new_states()]
+        got = [type(state).__name__ for state in cache]
+        if want != got:
+            raise ValueError(
+                f"[forward] expected the states of make_cache(), {_counted(want)}, "
+                f"got {_counted(got)}."
+            )
+
     def _check_tokens(
         self, input_ids: mx.array | None, inputs_embeds: mx.array | None
     ) -> tuple[int, int]:
         """Rows and tokens; an id outside the vocabulary would read foreign memory."""
+        for name, value in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)):
+            if not isinstance(value, mx.array | None):
+                kind = type(value).__name__
+                raise ValueError(f"[forward] expected {name} as an mlx array, got a {kind}.")
         width, vocabulary = self.args.hidden_size, self.args.vocab_size
         if inputs_embeds is not None and input_ids is None:
             if inputs_embeds.ndim == 3 and inputs_embeds.shape[2] == width and inputs_embeds.size:
@@ -271,6 +294,8 @@ class TaskModel(nn.Module):
             raise ValueError("[forward] expected either input_ids or inputs_embeds.")
         if input_ids.ndim != 2 or not input_ids.size:
             raise ValueError(f"[forward] expected input_ids [B, T], got {input_ids.shape}.")
+        if not mx.issubdtype(input_ids.dtype, mx.integer):
+            raise ValueError(f"[forward] expected integer input_ids, got {input_ids.dtype}.")
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= vocabulary:
             raise ValueError(
@@ -358,13 +383,20 @@ def _documents(position_ids: mx.array) -> mx.array | None:
     return mx.pad(mx.cumsum(breaks.astype(mx.int32), axis=1), [(0, 0), (1, 0)])
 
 
-def _token_spans(attention_mask: mx.array, B: int, T: int) -> Spans:
+def _counted(names: list[str]) -> str:
+    kinds = Counter(names)
+    return " and ".join(f"{count} {name}" for name, count in kinds.items()) or "none"
+
+
+def _token_spans(attention_mask: mx.array, B: int, T: int, past: int) -> Spans:
     """Where each row's tokens begin and end.
 
     Raises:
         ValueError: wrong shape, a row without tokens, or padding between tokens.
     """
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
+    if attention_mask.shape not in ((B, T), (B, past + T)) and not (
+        past and attention_mask.ndim == 2 and attention_mask.shape[1] > past + T
+    ):
         raise ValueError(
             f"[forward] expected attention_mask [{B}, {T}], got {attention_mask.shape}."
         )

@@ -224,7 +224,10 @@ def _check_head(
     """Say so in the head's name when a checkpoint of one task is loaded for another."""
     head = [name for name in _parameters(model) if not name.startswith("model.")]
     missing = [name for name in head if name not in weights]
-    if not missing or task == heads.CAUSAL_LM:
+    if task == heads.CAUSAL_LM:
+        others = [name for name in weights if name.startswith(("score.", "qa_outputs."))]
+        missing = missing or head or ["lm_head.weight"] if others else []
+    if not missing:
         return
     saved_as = config.get("architectures")
     origin = f"; it was saved as {saved_as[0]}" if isinstance(saved_as, list) and saved_as else ""

@@ -26,7 +26,7 @@ def cross_entropy(logits: mx.array, labels: mx.array, ignored: int = IGNORED) ->
         ValueError: the labels' shape does not fit, or one is no class.
     """
     _check_shape(logits, labels)
-    labels = labels.astype(mx.int32)
+    labels = labels.astype(mx.int64)
     counts = labels != ignored
     classes = logits.shape[-1]
     known = mx.where(counts, labels, 0)

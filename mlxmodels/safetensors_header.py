@@ -72,6 +72,8 @@ def read_file(path: Path, advice: str) -> tuple[dict[str, TensorEntry], dict[str
     Raises:
         ModelError: as `read_header`.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ModelError(f"{path} is not a regular file. {advice}")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

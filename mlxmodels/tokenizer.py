@@ -214,7 +214,9 @@ def read_chat_template(path: str | Path) -> str | None:
     template = read_optional_json(Path(path) / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = {
-            item.get("name"): item.get("template") for item in template if isinstance(item, dict)
+            item["name"]: item.get("template")
+            for item in template
+            if isinstance(item, dict) and isinstance(item.get("name"), str)
         }
         template = named.get("default")
     return template if isinstance(template, str) else None

@@ -81,7 +81,7 @@ def document(
         "",
         "Largest error of any number the reference returned, over the standard deviation of all of "
         f"them (a loss: over the loss). Allowed: {LOGITS:.0e}. Padded rows are compared with each "
-        "row alone.",
+        "row alone. A blank cell has no reference or does not apply.",
         "",
         "| family | task | " + " | ".join(CONDITIONS) + " |",
         "|---" * (len(CONDITIONS) + 2) + "|",

@@ -27,6 +27,16 @@ def task_model(config: dict[str, Any], task: str = heads.CAUSAL_LM, **changes: A
     return model
 
 
+class Broken:
+    """A layer that fails."""
+
+    def __init__(self, layer: Any) -> None:
+        self.is_recurrent = getattr(layer, "is_recurrent", None)
+
+    def __call__(self, *_: Any) -> mx.array:
+        raise ZeroDivisionError
+
+
 @pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> Any:
     return task_model(CONFIGS[request.param])
@@ -206,7 +216,7 @@ def test_a_call_that_failed_leaves_the_states_as_they_were(model: Any, tokens: m
     cache = model.make_cache()
     model.forward(mx.broadcast_to(tokens[:, :9], (4, 9)), cache=cache)
     last = model.layers[-1]
-    model.model.layers[-1] = lambda *_: 1 / 0
+    model.model.layers[-1] = Broken(last)
     with pytest.raises(ZeroDivisionError):
         model.forward(ids, attention_mask=mask, cache=cache)
     model.model.layers[-1] = last
@@ -239,17 +249,28 @@ def test_dynamic_scaling_refuses_what_has_no_one_length(tokens: mx.array) -> Non
     assert cache[0].offsets == (5,)
 
 
-@pytest.mark.parametrize("bad", [97, -1, 10**6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_of_another_model_are_refused(family: str, tokens: mx.array) -> None:
+    model = task_model(CONFIGS[family])
+    other = "gemma" if family == "recurrent_gemma" else "recurrent_gemma"
+    for cache in ([], model.make_cache()[:1], task_model(CONFIGS[other]).make_cache()):
+        with pytest.raises(ValueError, match=r"expected the states of make_cache\(\), [12]"):
+            model.forward(tokens, cache=cache)
+    with pytest.raises(ValueError, match="input_ids as an mlx array, got a list"):
+        model.forward([[1, 2]])
+
+
+@pytest.mark.parametrize("bad", [97, -1, 10**6, 2**32])
 def test_labels_that_are_no_class_are_refused(bad: int) -> None:
     ids = mx.array([[5, 6, 7]])
     with pytest.raises(ValueError, match=f"labels from 0 to 96 or -100, got .*{bad}"):
-        task_model(GEMMA).forward(ids, labels=mx.array([[5, bad, 5]]))
+        task_model(GEMMA).forward(ids, labels=mx.array([[5, bad, 5]], dtype=mx.int64))
     tokens_model = task_model(GEMMA, heads.TOKEN_CLASSIFICATION)
     with pytest.raises(ValueError, match="labels from 0 to 1 or -100"):
-        tokens_model.forward(ids, labels=mx.array([[0, bad, 1]]))
+        tokens_model.forward(ids, labels=mx.array([[0, bad, 1]], dtype=mx.int64))
     rows_model = task_model(GEMMA, heads.SEQUENCE_CLASSIFICATION)
     with pytest.raises(ValueError, match="labels from 0 to 1 or -100"):
-        rows_model.forward(ids, labels=mx.array([bad]))
+        rows_model.forward(ids, labels=mx.array([bad], dtype=mx.int64))
 
 
 def test_labels_of_every_integer_dtype_and_of_single_tokens_count(tokens: mx.array) -> None:
@@ -291,6 +312,9 @@ def test_regression_with_one_output_takes_either_shape_of_labels(tokens: mx.arra
         ("causal-lm", {"input_ids": [[1, 2]], "attention_mask": [[1]]}, "attention_mask"),
         ("causal-lm", {"input_ids": [[1, 2]], "position_ids": [[1]]}, "position_ids"),
         ("causal-lm", {"input_ids": [[1, 2]], "position_ids": [[0.0, 1.0]]}, "integer, got"),
+        ("causal-lm", {"input_ids": [[1, 2]], "position_ids": [[-1, 0]]}, "from 0, got -1 to 0"),
+        ("causal-lm", {"input_ids": [[1, 2]], "attention_mask": [[1, 1, 1]]}, "attention_mask"),
+        ("causal-lm", {"input_ids": [[1.0, 2.0]]}, "integer input_ids"),
         ("causal-lm", {"inputs_embeds": [[[1.0]]]}, r"inputs_embeds \[B, T, 32\]"),
         ("causal-lm", {"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}, "row 0 .* no token"),
         (
