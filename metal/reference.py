@@ -73,13 +73,13 @@ def _gated(
     starts: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     """The gated input, scaled, and the decay, both float32."""
-    log_a = -RG_LRU_C * mx.sigmoid(recurrent_gate.astype(mx.float32)) * softplus
+    log_a = mx.sigmoid(recurrent_gate.astype(mx.float32)) * (-RG_LRU_C * softplus)
     # a - 1 keeps the digits that a loses when it is close to 1, and 1 - a^2 needs them.
     below = mx.expm1(log_a)
     a = 1.0 + below
     # At a = 1 the root's slope is infinite, and times the zero slope of what is below it the
     # gradient would be NaN.
-    multiplier = mx.sqrt(mx.maximum(-below * (2.0 + below), 1e-30))
+    multiplier = mx.sqrt(mx.maximum(below * (-2.0 - below), 1e-30))
     if starts is not None:
         a = mx.where(starts, 0.0, a)
         multiplier = mx.where(starts, 1.0, multiplier)
@@ -90,7 +90,7 @@ def _gated(
 _gates = mx.compile(_gated, shapeless=True)
 
 
-@partial(mx.compile, shapeless=True)
+@mx.compile
 def _gated_step(
     x: mx.array,
     input_gate: mx.array,
@@ -263,6 +263,11 @@ def _window_mask(
     return (mask & (key >= key_start[:, None, None, None])) | (key == query)
 
 
+@partial(mx.compile, shapeless=True)
+def _softcapped(scores: mx.array, cap: float) -> mx.array:
+    return mx.tanh(scores / cap) * cap
+
+
 def _attention(
     q: mx.array,
     k: mx.array,
@@ -279,7 +284,7 @@ def _attention(
         mask = _window_mask(S - T, S - 1, 0, S, None)
     grouped = (q * scale).reshape(B, Hkv, H // Hkv, T, D)
     scores = (grouped @ k[:, :, None].swapaxes(-1, -2)).astype(mx.float32)
-    scores = mx.tanh(scores / softcap) * softcap
+    scores = _softcapped(scores, softcap)
     if mask is not None:
         # The mask is [T, S] or [B, 1, T, S]; the second needs an axis for the query groups.
         mask = mask if mask.ndim == 2 else mask[:, None]

@@ -67,8 +67,11 @@ def gated(act: Activation) -> Callable[[mx.array, mx.array], mx.array]:
 
 def softcap(logits: mx.array, cap: float | None) -> mx.array:
     """cap * tanh(logits / cap), computed in float32; unchanged if there is no cap."""
-    if not cap:
-        return logits
+    return _softcapped(logits, cap) if cap else logits
+
+
+@partial(mx.compile, shapeless=True)
+def _softcapped(logits: mx.array, cap: float) -> mx.array:
     return (mx.tanh(logits.astype(mx.float32) / cap) * cap).astype(logits.dtype)
 
 
@@ -138,7 +141,7 @@ def _rms_norm_1p(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, 1.0 + weight.astype(mx.float32), eps).astype(x.dtype)
 
 
-_rms_norm_1p_step = mx.compile(_rms_norm_1p, shapeless=True)
+_rms_norm_1p_step = mx.compile(_rms_norm_1p)
 
 
 class RMSNorm1P(nn.Module):

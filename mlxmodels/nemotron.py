@@ -80,7 +80,7 @@ def _layer_norm_1p(x: mx.array, weight: mx.array, bias: mx.array, eps: float) ->
     return mx.fast.layer_norm(x, weight, bias, eps).astype(x.dtype)
 
 
-_layer_norm_1p_step = mx.compile(_layer_norm_1p, shapeless=True)
+_layer_norm_1p_step = mx.compile(_layer_norm_1p)
 
 
 class LayerNorm1P(nn.Module):
