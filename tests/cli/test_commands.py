@@ -149,9 +149,10 @@ def test_a_home_that_cannot_be_used_is_said(
         assert "GRYPHON_HOME" in done.stderr and "file" in done.stderr
 
 
-def test_ctrl_c_stops_cleanly(tiny: Path) -> None:
+def test_ctrl_c_stops_cleanly(home: Path) -> None:
+    write_model(home / "data" / "models" / "endless", RECURRENT_GEMMA)
     process = subprocess.Popen(
-        [GRYPHON, "run", "--max-tokens", "400", "Hi"],
+        [GRYPHON, "run", "--max-tokens", "1000000", "Hi"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
