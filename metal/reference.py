@@ -52,17 +52,19 @@ def rg_lru(
 ) -> tuple[mx.array, mx.array]:
     """See `metal.rg_lru`."""
     dtype = x.dtype
-    softplus = mx.logaddexp(recurrent_param.astype(mx.float32), 0.0)
     starts = None if reset is None else reset[..., None]
-    gates = (x, input_gate, recurrent_gate, softplus, starts)
     if x.shape[1] == 1 and h0 is not None and lengths is None:
-        y = _gated_step(*gates, h0[:, None])
+        y = _gated_step(x, input_gate, recurrent_gate, recurrent_param, starts, h0[:, None])
         return y.astype(dtype), y[:, 0]
-    gated, a = _gates(*gates)
+    gated, a = _gates(x, input_gate, recurrent_gate, _softplus(recurrent_param), starts)
     if lengths is not None:
         gated, a = _freeze_after(gated, a, lengths)
     y, h_last = _scan_float32(gated, a, h0)
     return y.astype(dtype), h_last
+
+
+def _softplus(x: mx.array) -> mx.array:
+    return mx.logaddexp(x.astype(mx.float32), 0.0)
 
 
 def _gated(
@@ -95,11 +97,11 @@ def _gated_step(
     x: mx.array,
     input_gate: mx.array,
     recurrent_gate: mx.array,
-    softplus: mx.array,
+    recurrent_param: mx.array,
     starts: mx.array | None,
     h: mx.array,
 ) -> mx.array:
-    gated, a = _gated(x, input_gate, recurrent_gate, softplus, starts)
+    gated, a = _gated(x, input_gate, recurrent_gate, _softplus(recurrent_param), starts)
     return a * h + gated
 
 
