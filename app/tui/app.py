@@ -57,6 +57,14 @@ class ChatApp(App[None]):
         yield SystemCommand("Retry", "Ask the last question again (Ctrl+R)", chat.action_retry)
         yield from super().get_system_commands(screen)
 
+    async def action_quit(self) -> None:
+        """Leave, but not ahead of the letters typed before: they still wait for the prompt."""
+        self.chat_screen.prompt.call_later(self._leave)
+
+    def _leave(self) -> None:
+        self.session.typed = self.chat_screen.prompt.text
+        self.exit()
+
     def exit(self, *arguments: Any, **options: Any) -> None:
         self._is_leaving = True
         super().exit(*arguments, **options)

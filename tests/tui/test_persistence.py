@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from textual import events
 
 from app.errors import GryphonError
 from app.history.store import History
@@ -117,6 +118,20 @@ async def test_a_draft_survives_quitting_and_is_gone_once_sent(chatting: Chat) -
         await chat.until_seen("half a")
         assert chat.prompt.text == ""
         assert chat.saved()[0] == ("user", "half a\nthought!", "complete")
+
+
+async def test_letters_that_wait_for_the_prompt_are_not_lost_by_quitting(
+    chatting: Chat, history_path: Path
+) -> None:
+    text = "typed faster than the screen could follow"
+    async with chatting() as chat:
+        for letter in text:
+            chat.app.post_message(events.Key("space" if letter == " " else letter, letter))
+        chat.app.post_message(events.Key("ctrl+q", None))
+        await chat.until(lambda: not chat.app.is_running, "the end")
+    history = History(history_path)
+    assert [c.draft for c in history.conversations()] == [text]
+    history.close()
 
 
 async def test_a_draft_is_saved_while_typing(chatting: Chat, history_path: Path) -> None:
