@@ -1,10 +1,26 @@
-"""Contracts of the recurrent block: diagonal scan, its gated form, the convolution before it."""
+"""Contracts of the recurrence: diagonal scan, its gated form, and that with its gates."""
 
 import mlx.core as mx
 
-from metal import reference
+from metal import reference, scan_kernel
+from metal.arguments import check_like, check_rows, check_sequence, check_vector
+from metal.dispatch import Backend, Op
 
-_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+_LINEAR_SCAN = Op(
+    "linear_scan",
+    *(reference.linear_scan, scan_kernel.linear_scan),
+    *(scan_kernel.scan_variant, scan_kernel.scan_sample),
+)
+_RG_LRU = Op(
+    "rg_lru",
+    *(reference.rg_lru, scan_kernel.rg_lru),
+    *(scan_kernel.rg_lru_variant, scan_kernel.rg_lru_sample),
+)
+_BLOCK_RG_LRU = Op(
+    "block_rg_lru",
+    *(reference.block_rg_lru, scan_kernel.block_rg_lru),
+    *(scan_kernel.block_rg_lru_variant, scan_kernel.block_rg_lru_sample),
+)
 
 
 def linear_scan(
@@ -14,6 +30,7 @@ def linear_scan(
     *,
     lengths: mx.array | None = None,
     reset: mx.array | None = None,
+    backend: Backend = "auto",
 ) -> tuple[mx.array, mx.array]:
     """Diagonal linear recurrence h[t] = a[t] * h[t-1] + x[t], y = h.
 
@@ -23,20 +40,25 @@ def linear_scan(
         h0: State before x[:, 0], [B, E], float32; zeros if None.
         lengths: Valid leading tokens of each row (right padding), [B], integer; T if None.
         reset: [B, T] bool; where true the state is dropped before that token (a counts as 0).
+        backend: "auto" takes the Metal kernel on an Apple GPU (see `dispatch.py`); "metal" insists
+            on it, "reference" on plain MLX.
 
     Returns:
         y [B, T, E] in x.dtype, finite and unspecified past a row's length; h_last [B, E], float32,
         the state after the last valid token. Feeding h_last back as h0 continues the sequence.
 
     Raises:
-        ValueError: a shape or dtype is not as above.
+        ValueError: a shape or dtype is not as above, or the backend is "metal" and its kernel
+            cannot take the arguments.
+        RuntimeError: the backend is "metal" and there is no Apple GPU.
 
     Accumulates in float32 whatever the input. Source: Griffin, arXiv:2402.19427, equation 4.
     """
-    _check_sequence("linear_scan", "x", x)
-    _check_like("linear_scan", "a", a, x)
-    _check_rows("linear_scan", x, h0, lengths, reset)
-    return reference.linear_scan(x, a, h0, lengths, reset)
+    check_sequence("linear_scan", "x", x)
+    check_like("linear_scan", "a", a, x)
+    check_rows("linear_scan", x, h0, lengths, reset)
+    y, h_last = _LINEAR_SCAN(backend, x, a, h0, lengths, reset)
+    return y, h_last
 
 
 def rg_lru(
@@ -48,6 +70,7 @@ def rg_lru(
     *,
     lengths: mx.array | None = None,
     reset: mx.array | None = None,
+    backend: Backend = "auto",
 ) -> tuple[mx.array, mx.array]:
     """Real-gated linear recurrent unit, gates and recurrence in one.
 
@@ -64,105 +87,92 @@ def rg_lru(
         h0: State before x[:, 0], [B, E], float32; zeros if None.
         lengths: Valid leading tokens of each row (right padding), [B], integer; T if None.
         reset: [B, T] bool; true at the first token of a sequence.
+        backend: As in `linear_scan`.
 
     Returns:
         y [B, T, E] in x.dtype, finite and unspecified past a row's length; h_last [B, E], float32.
 
     Raises:
         ValueError: a shape or dtype is not as above.
+        RuntimeError: as `linear_scan`.
 
     Gates, decay, multiplier and state are float32. The multiplier is sqrt(-expm1(2 log a)).
     Source: Griffin, arXiv:2402.19427, equations 1 to 4.
     """
-    _check_sequence("rg_lru", "x", x)
-    _check_like("rg_lru", "input_gate", input_gate, x)
-    _check_like("rg_lru", "recurrent_gate", recurrent_gate, x)
-    _check_vector("rg_lru", "recurrent_param", recurrent_param, x)
-    _check_rows("rg_lru", x, h0, lengths, reset)
-    return reference.rg_lru(x, input_gate, recurrent_gate, recurrent_param, h0, lengths, reset)
+    check_sequence("rg_lru", "x", x)
+    check_like("rg_lru", "input_gate", input_gate, x)
+    check_like("rg_lru", "recurrent_gate", recurrent_gate, x)
+    check_vector("rg_lru", "recurrent_param", recurrent_param, x)
+    check_rows("rg_lru", x, h0, lengths, reset)
+    gates = (input_gate, recurrent_gate, recurrent_param)
+    y, h_last = _RG_LRU(backend, x, *gates, h0, lengths, reset)
+    return y, h_last
 
 
-def causal_conv1d(
-    u: mx.array,
-    weight: mx.array,
-    bias: mx.array,
-    state: mx.array,
+def block_rg_lru(
+    x: mx.array,
+    input_weight: mx.array,
+    input_bias: mx.array,
+    recurrent_weight: mx.array,
+    recurrent_bias: mx.array,
+    recurrent_param: mx.array,
+    h0: mx.array | None = None,
     *,
     lengths: mx.array | None = None,
     reset: mx.array | None = None,
+    backend: Backend = "auto",
 ) -> tuple[mx.array, mx.array]:
-    """Causal depthwise convolution y[t] = bias + sum over k of weight[:, k] * u[t - K + 1 + k].
+    """`rg_lru` with its gates, which are block-diagonal linears of x, one block per head.
+
+    With D = E / heads, the pre-activation of a gate is x, [B, T, heads, D], times weight
+    [heads, D, D], a row per input, plus bias [heads, D].
 
     Args:
-        u: Input, [B, T, E], float32, float16 or bfloat16; T = 1 is the decode step.
-        weight: [E, K]; the last tap multiplies the current token.
-        bias: [E].
-        state: The K - 1 inputs before u, oldest first, [B, K-1, E], dtype of u; zeros at a start.
+        x: Input, [B, T, E], float32, float16 or bfloat16; T >= 1.
+        input_weight: Of the input gate, [heads, D, D], dtype of x.
+        input_bias: [heads, D], dtype of x.
+        recurrent_weight: Of the recurrent gate, [heads, D, D], dtype of x.
+        recurrent_bias: [heads, D], dtype of x.
+        recurrent_param: [E], any floating dtype.
+        h0: State before x[:, 0], [B, E], float32; zeros if None.
         lengths: Valid leading tokens of each row (right padding), [B], integer; T if None.
-        reset: [B, T] bool; a token at or after a reset sees zeros in place of what came before it.
+        reset: [B, T] bool; true at the first token of a sequence.
+        backend: As in `linear_scan`.
 
     Returns:
-        y [B, T, E] in u.dtype, finite and unspecified past a row's length; the state that continues
-        each row after its last valid token, [B, K-1, E].
+        As `rg_lru`.
 
     Raises:
         ValueError: a shape or dtype is not as above.
+        RuntimeError: as `linear_scan`.
 
-    Accumulates in float32.
+    The Metal kernel of one token adds the products up in float32; else they are rounded to the
+    dtype of x. Source: Griffin, arXiv:2402.19427, equations 1 to 4.
     """
-    _check_sequence("causal_conv1d", "u", u)
-    B, _, E = u.shape
-    if weight.ndim != 2 or weight.shape[0] != E or weight.shape[1] < 1:
-        raise ValueError(f"[causal_conv1d] expected weight [{E}, K], got {weight.shape}.")
-    _check_vector("causal_conv1d", "bias", bias, u)
-    expected = (B, weight.shape[1] - 1, E)
-    if state.shape != expected or state.dtype != u.dtype:
+    check_sequence("block_rg_lru", "x", x)
+    E = x.shape[2]
+    heads = input_weight.shape[0] if input_weight.ndim == 3 else 0
+    if heads < 1 or E % heads:
         raise ValueError(
-            f"[causal_conv1d] expected state {expected} of {u.dtype}, "
-            f"got {state.shape} of {state.dtype}."
+            f"[block_rg_lru] expected input_weight [heads, D, D] with heads x D = {E}, "
+            f"got {input_weight.shape}."
         )
-    _check_rows("causal_conv1d", u, None, lengths, reset)
-    return reference.causal_conv1d(u, weight, bias, state, lengths, reset)
-
-
-def _check_sequence(op: str, name: str, x: mx.array) -> None:
-    if x.ndim != 3 or x.shape[1] < 1:
-        raise ValueError(f"[{op}] expected {name} [B, T, E] with T >= 1, got {x.shape}.")
-    if x.dtype not in _FLOATS:
-        raise ValueError(f"[{op}] expected {name} float32, float16 or bfloat16, got {x.dtype}.")
-
-
-def _check_like(op: str, name: str, value: mx.array, x: mx.array) -> None:
-    if value.shape != x.shape or value.dtype != x.dtype:
-        raise ValueError(
-            f"[{op}] expected {name} {x.shape} of {x.dtype}, got {value.shape} of {value.dtype}."
-        )
-
-
-def _check_vector(op: str, name: str, value: mx.array, x: mx.array) -> None:
-    if value.shape != x.shape[2:] or value.dtype not in _FLOATS:
-        raise ValueError(
-            f"[{op}] expected {name} {x.shape[2:]} floating, got {value.shape} of {value.dtype}."
-        )
-
-
-def _check_rows(
-    op: str,
-    x: mx.array,
-    h0: mx.array | None,
-    lengths: mx.array | None,
-    reset: mx.array | None,
-) -> None:
-    B, T, E = x.shape
-    if h0 is not None and (h0.shape != (B, E) or h0.dtype != mx.float32):
-        raise ValueError(f"[{op}] expected h0 ({B}, {E}) of float32, got {h0.shape} of {h0.dtype}.")
-    if lengths is not None and (
-        lengths.shape != (B,) or not mx.issubdtype(lengths.dtype, mx.integer)
-    ):
-        raise ValueError(
-            f"[{op}] expected lengths ({B},) integer, got {lengths.shape} of {lengths.dtype}."
-        )
-    if reset is not None and (reset.shape != (B, T) or reset.dtype != mx.bool_):
-        raise ValueError(
-            f"[{op}] expected reset ({B}, {T}) of bool, got {reset.shape} of {reset.dtype}."
-        )
+    shapes = {"weight": (heads, E // heads, E // heads), "bias": (heads, E // heads)}
+    gates = {
+        "input_weight": input_weight,
+        "input_bias": input_bias,
+        "recurrent_weight": recurrent_weight,
+        "recurrent_bias": recurrent_bias,
+    }
+    for name, value in gates.items():
+        shape = shapes[name.rpartition("_")[2]]
+        if value.shape != shape or value.dtype != x.dtype:
+            raise ValueError(
+                f"[block_rg_lru] expected {name} {shape} of {x.dtype}, "
+                f"got {value.shape} of {value.dtype}."
+            )
+    check_vector("block_rg_lru", "recurrent_param", recurrent_param, x)
+    check_rows("block_rg_lru", x, h0, lengths, reset)
+    arguments = (x, *gates.values(), recurrent_param, h0, lengths, reset)
+    y, h_last = _BLOCK_RG_LRU(backend, *arguments)
+    return y, h_last

@@ -16,7 +16,8 @@ RG_LRU_C = 8.0
 # A short or narrow scan is bound by the number of operations, which the two-level form cuts to
 # about 2 sqrt(T); one that is wide and overflows the caches is bound by memory traffic, which it
 # doubles. Where the two cross on two x86-64 cores (mlx 0.32.4): T = 512 at E = 2048 takes 12 ms
-# in two levels and 7 ms step by step, T = 512 at E = 1024 takes 2 ms and 5 ms.
+# in two levels and 7 ms step by step, T = 512 at E = 1024 takes 2 ms and 5 ms. On a GPU the number
+# of operations is all that counts.
 _STEPWISE_WIDTH = 1024
 _STEPWISE_SIZE = 1 << 19
 
@@ -52,15 +53,58 @@ def rg_lru(
 ) -> tuple[mx.array, mx.array]:
     """See `metal.rg_lru`."""
     dtype = x.dtype
-    starts = None if reset is None else reset[..., None]
     if x.shape[1] == 1 and h0 is not None and lengths is None:
+        starts = None if reset is None else reset[..., None]
         y = _gated_step(x, input_gate, recurrent_gate, recurrent_param, starts, h0[:, None])
         return y.astype(dtype), y[:, 0]
-    gated, a = _gates(x, input_gate, recurrent_gate, _softplus(recurrent_param), starts)
+    gated, a = rg_lru_gates(x, input_gate, recurrent_gate, recurrent_param, reset)
     if lengths is not None:
         gated, a = _freeze_after(gated, a, lengths)
     y, h_last = _scan_float32(gated, a, h0)
     return y.astype(dtype), h_last
+
+
+def rg_lru_gates(
+    x: mx.array,
+    input_gate: mx.array,
+    recurrent_gate: mx.array,
+    recurrent_param: mx.array,
+    reset: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """What remains of the RG-LRU is a scan: its input and its decay, [B, T, E] float32."""
+    starts = None if reset is None else reset[..., None]
+    return _gates(x, input_gate, recurrent_gate, _softplus(recurrent_param), starts)
+
+
+def block_rg_lru(
+    x: mx.array,
+    input_weight: mx.array,
+    input_bias: mx.array,
+    recurrent_weight: mx.array,
+    recurrent_bias: mx.array,
+    recurrent_param: mx.array,
+    h0: mx.array | None,
+    lengths: mx.array | None,
+    reset: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """See `metal.block_rg_lru`."""
+    gates = (
+        block_gate(x, input_weight, input_bias),
+        block_gate(x, recurrent_weight, recurrent_bias),
+    )
+    return rg_lru(x, *gates, recurrent_param, h0, lengths, reset)
+
+
+def gate_blocks(x: mx.array, heads: int) -> mx.array:
+    """x [B, T, E] as [B, heads, T, E / heads]."""
+    B, T, E = x.shape
+    return x.reshape(B, T, heads, E // heads).swapaxes(1, 2)
+
+
+def block_gate(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """Pre-activation of a block-diagonal gate, [B, T, E]."""
+    gate = gate_blocks(x, weight.shape[0]) @ weight + bias[:, None]
+    return gate.swapaxes(1, 2).reshape(x.shape)
 
 
 def _softplus(x: mx.array) -> mx.array:
@@ -208,7 +252,8 @@ def _scan_float32(x: mx.array, a: mx.array, h0: mx.array | None) -> tuple[mx.arr
     if T == 1:
         y = a * h[:, None] + x
         return y, y[:, 0]
-    if B * E >= _STEPWISE_WIDTH and B * T * E > _STEPWISE_SIZE:
+    is_cpu = mx.default_device().type == mx.DeviceType.cpu
+    if is_cpu and B * E >= _STEPWISE_WIDTH and B * T * E > _STEPWISE_SIZE:
         return _scan_stepwise(x, a, h)
     return _scan_two_level(x, a, h)
 

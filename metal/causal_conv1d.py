@@ -1,0 +1,51 @@
+"""Contract of the convolution before the recurrence."""
+
+import mlx.core as mx
+
+from metal import reference
+from metal.arguments import check_rows, check_sequence, check_vector
+from metal.dispatch import Backend
+
+
+def causal_conv1d(
+    u: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    state: mx.array,
+    *,
+    lengths: mx.array | None = None,
+    reset: mx.array | None = None,
+    backend: Backend = "auto",
+) -> tuple[mx.array, mx.array]:
+    """Causal depthwise convolution y[t] = bias + sum over k of weight[:, k] * u[t - K + 1 + k].
+
+    Args:
+        u: Input, [B, T, E], float32, float16 or bfloat16; T = 1 is the decode step.
+        weight: [E, K]; the last tap multiplies the current token.
+        bias: [E].
+        state: The K - 1 inputs before u, oldest first, [B, K-1, E], dtype of u; zeros at a start.
+        lengths: Valid leading tokens of each row (right padding), [B], integer; T if None.
+        reset: [B, T] bool; a token at or after a reset sees zeros in place of what came before it.
+
+    Returns:
+        y [B, T, E] in u.dtype, finite and unspecified past a row's length; the state that continues
+        each row after its last valid token, [B, K-1, E].
+
+    Raises:
+        ValueError: a shape or dtype is not as above.
+
+    Accumulates in float32.
+    """
+    check_sequence("causal_conv1d", "u", u)
+    B, _, E = u.shape
+    if weight.ndim != 2 or weight.shape[0] != E or weight.shape[1] < 1:
+        raise ValueError(f"[causal_conv1d] expected weight [{E}, K], got {weight.shape}.")
+    check_vector("causal_conv1d", "bias", bias, u)
+    expected = (B, weight.shape[1] - 1, E)
+    if state.shape != expected or state.dtype != u.dtype:
+        raise ValueError(
+            f"[causal_conv1d] expected state {expected} of {u.dtype}, "
+            f"got {state.shape} of {state.dtype}."
+        )
+    check_rows("causal_conv1d", u, None, lengths, reset)
+    return reference.causal_conv1d(u, weight, bias, state, lengths, reset)

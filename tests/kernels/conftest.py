@@ -1,0 +1,27 @@
+"""An Apple GPU as far as the dispatch can tell: kernels go to the Metal host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import pytest
+
+from metal import build, dispatch
+
+from .. import metal_host
+
+
+@pytest.fixture
+def apple_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """MLX says that its default device is a GPU with Metal; kernels must run under
+    `metal_host.install()`. Every test starts as a new process does: nothing trusted, no fault."""
+    metal_host.intercept()
+    build.kernel.cache_clear()
+    dispatch.forget()
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    yield
+    dispatch.set_backend("auto")
+    dispatch.forget()
+    build.kernel.cache_clear()
