@@ -19,8 +19,8 @@ Backend = Literal["auto", "metal", "reference"]
 
 _LOG = logging.getLogger(__name__)
 
-# RMS of the difference over RMS of the reference, by the coarsest dtype of the arguments. Rounding is
-# a tenth of it; a kernel that is wrong is wrong by more.
+# RMS of the difference over RMS of the reference, by the coarsest dtype of the arguments. Rounding
+# is a tenth of it; a kernel that is wrong is wrong by more.
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 5e-3, mx.bfloat16: 3e-2}
 
 
