@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal import causal_conv1d, rg_lru
+from metal import block_rg_lru, causal_conv1d
 from mlxmodels import config, heads
 from mlxmodels.attention import Call, GroupedQueryProjections, window_attention
 from mlxmodels.cache import RecurrentState, WindowCache
@@ -165,17 +165,12 @@ class RGLRU(nn.Module):
         lengths: mx.array | None,
         reset: mx.array | None,
     ) -> tuple[mx.array, mx.array]:
-        B, T, E = x.shape
-        heads, block, _ = self.input_gate_weight.shape
-        blocks = x.reshape(B, T, heads, block).swapaxes(1, 2)  # [B, heads, T, block]
-
-        def gate(weight: mx.array, bias: mx.array) -> mx.array:
-            return ((blocks @ weight) + bias[:, None]).swapaxes(1, 2).reshape(B, T, E)
-
-        return rg_lru(
+        return block_rg_lru(
             x,
-            gate(self.input_gate_weight, self.input_gate_bias),
-            gate(self.recurrent_gate_weight, self.recurrent_gate_bias),
+            self.input_gate_weight,
+            self.input_gate_bias,
+            self.recurrent_gate_weight,
+            self.recurrent_gate_bias,
             self.recurrent_param,
             h0,
             lengths=lengths,
