@@ -1,25 +1,16 @@
 """Every op in plain mlx.core: the definition of correct, and the path off Apple GPUs.
 
 Arguments are validated by the callers in `linear_scan.py` and `local_attention.py`; the docstrings
-there are the contract. What is decided here is only how to compute it: which formulation of the
-scan is fast at which size, and how attention avoids a T x T score matrix.
+there are the contract. What is decided here is only how to compute it: how the scan avoids an
+operation per token, and attention a T x T score matrix.
 """
 
-import math
 from functools import partial
 
 import mlx.core as mx
 
 RG_LRU_C = 8.0
 """Griffin's constant c: log a = -c * sigmoid(recurrent gate) * softplus(recurrent_param)."""
-
-# A short or narrow scan is bound by the number of operations, which the two-level form cuts to
-# about 2 sqrt(T); one that is wide and overflows the caches is bound by memory traffic, which it
-# doubles. Where the two cross on two x86-64 cores (mlx 0.32.4): T = 512 at E = 2048 takes 12 ms
-# in two levels and 7 ms step by step, T = 512 at E = 1024 takes 2 ms and 5 ms. On a GPU the number
-# of operations is all that counts.
-_STEPWISE_WIDTH = 1024
-_STEPWISE_SIZE = 1 << 19
 
 # Queries per block of the windowed attention: the score matrix of one block is at most
 # _QUERY_BLOCK x (window + _QUERY_BLOCK - 1), and what lies after a block's last query is never
@@ -196,6 +187,21 @@ def causal_conv1d(
     return y.astype(u.dtype), tail
 
 
+def rms_norm_1p(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """See `metal.rms_norm_1p`."""
+    # Off Apple GPUs the norm is a dozen operations. Fused they are faster for one token, whose
+    # time goes into starting them, and slower for many: compiled code there is not vectorised.
+    is_step = x.ndim == 1 or x.shape[-2] == 1
+    return (_rms_norm_1p_step if is_step else _rms_norm_1p)(x, weight, eps)
+
+
+def _rms_norm_1p(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    return mx.fast.rms_norm(x, 1.0 + weight.astype(mx.float32), eps).astype(x.dtype)
+
+
+_rms_norm_1p_step = mx.compile(_rms_norm_1p)
+
+
 def local_attention(
     q: mx.array,
     k: mx.array,
@@ -247,55 +253,51 @@ def _freeze_after(x: mx.array, a: mx.array, lengths: mx.array) -> tuple[mx.array
 
 
 def _scan_float32(x: mx.array, a: mx.array, h0: mx.array | None) -> tuple[mx.array, mx.array]:
-    B, T, E = x.shape
-    h = mx.zeros((B, E), dtype=mx.float32) if h0 is None else h0
-    if T == 1:
-        y = a * h[:, None] + x
-        return y, y[:, 0]
-    is_cpu = mx.default_device().type == mx.DeviceType.cpu
-    if is_cpu and B * E >= _STEPWISE_WIDTH and B * T * E > _STEPWISE_SIZE:
-        return _scan_stepwise(x, a, h)
-    return _scan_two_level(x, a, h)
+    """Scan in two levels, about sqrt(T) chunks side by side.
 
-
-def _scan_stepwise(x: mx.array, a: mx.array, h: mx.array) -> tuple[mx.array, mx.array]:
-    """One fused multiply-add per step over pieces split once; no slicing inside the loop."""
-    steps = []
-    state = h[:, None]
-    for x_t, a_t in zip(
-        mx.split(x, x.shape[1], axis=1), mx.split(a, x.shape[1], axis=1), strict=True
-    ):
-        state = a_t * state + x_t
-        steps.append(state)
-    return mx.concatenate(steps, axis=1), state[:, 0]
-
-
-def _scan_two_level(x: mx.array, a: mx.array, h: mx.array) -> tuple[mx.array, mx.array]:
-    """Scan about sqrt(T) chunks side by side, then carry the state across them.
-
-    Only products of decays are formed, never quotients, so a decay of 0 cuts the history and a
-    decay of 1 keeps it, both exactly.
+    First what each chunk does to a state, then the state each one starts from, then the chunks
+    again from there: about 3 sqrt(T) operations, and no copy but of the result. Only products of
+    decays are formed, never quotients, so a decay of 0 cuts the history and a decay of 1 keeps it,
+    both exactly.
     """
     B, T, E = x.shape
-    length = math.isqrt(T - 1) + 1
-    chunks = -(-T // length)
-    tail = [(0, 0), (0, chunks * length - T), (0, 0)]
-    x = mx.pad(x, tail).reshape(B, chunks, length, E)
-    a = mx.pad(a, tail, constant_values=1.0).reshape(B, chunks, length, E)
+    h = mx.zeros((B, 1, E), dtype=mx.float32) if h0 is None else h0[:, None]
+    if T == 1:
+        y = a * h + x
+        return y, y[:, 0]
+    length = 1 << (T.bit_length() - 1) // 2
+    chunks = T // length
+    whole = chunks * length
 
-    local = [x[:, :, 0]]
-    decay = [a[:, :, 0]]
-    for i in range(1, length):
-        local.append(a[:, :, i] * local[-1] + x[:, :, i])
-        decay.append(a[:, :, i] * decay[-1])
+    def steps(values: mx.array) -> list[mx.array]:
+        """Token i of every chunk, [B, chunks, 1, E], for each i."""
+        return mx.split(values[:, :whole].reshape(B, chunks, length, E), length, axis=2)
 
-    before = []  # the state each chunk starts from
-    for c in range(chunks):
-        before.append(h)
-        h = decay[-1][:, c] * h + local[-1][:, c]
-    carried = mx.stack(before, axis=1)[:, :, None]  # [B, chunks, 1, E]
-    y = mx.stack(local, axis=2) + mx.stack(decay, axis=2) * carried
-    return y.reshape(B, chunks * length, E)[:, :T], h
+    xs, decays = steps(x), steps(a)
+    end, decay = xs[0], decays[0]
+    for x_t, a_t in zip(xs[1:], decays[1:], strict=True):
+        end, decay = a_t * end + x_t, a_t * decay
+
+    h = h[:, None]
+    starts = []
+    for end_c, decay_c in zip(
+        mx.split(end, chunks, axis=1), mx.split(decay, chunks, axis=1), strict=True
+    ):
+        starts.append(h)
+        h = decay_c * h + end_c
+
+    state = mx.concatenate(starts, axis=1)
+    ys = []
+    for x_t, a_t in zip(xs, decays, strict=True):
+        state = a_t * state + x_t
+        ys.append(state)
+    parts = [mx.concatenate(ys, axis=2).reshape(B, whole, E)]
+
+    h = h[:, 0]
+    for t in range(whole, T):  # what is left over, fewer than a chunk
+        h = a[:, t : t + 1] * h + x[:, t : t + 1]
+        parts.append(h)
+    return parts[0] if whole == T else mx.concatenate(parts, axis=1), h[:, 0]
 
 
 def _window_mask(

@@ -21,32 +21,23 @@ things are noise, so the load is printed with them.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from app.engine import blas
+from measurement import append_csv, machine, results_file  # isort: skip  (preloads the BLAS)
 
-BLAS = blas.preload()
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map_with_path
 
-import mlx.core as mx  # noqa: E402  (after the BLAS)
-from mlx.utils import tree_flatten, tree_map_with_path  # noqa: E402
-
-from mlxmodels import registry  # noqa: E402
+from mlxmodels import registry
 
 PROMPT = 512
-RESULTS = Path(__file__).parent / "results"
 
 # hidden_size is a power of 4: its root is a bfloat16, in which our RecurrentGemma scales embeddings
 # and mlx-lm's does not.
@@ -321,22 +312,6 @@ def measure(name: str, size: str, arguments: argparse.Namespace) -> list[Result]
     return results
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code's arguments."""
-    root = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "commit": commit or "unknown",
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "device": mx.default_device().type.name,
-        "blas": BLAS.note,
-        "mlx": version("mlx"),
-        "mlx_lm": version("mlx-lm"),
-        "load": round(os.getloadavg()[0], 1),
-    }
-
-
 def report(results: list[Result], pairs: int) -> str:
     """A Markdown table."""
     host = machine()
@@ -371,21 +346,6 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def append_csv(results: list[Result], pairs: int) -> Path:
-    """Add the results to the file of this machine."""
-    RESULTS.mkdir(exist_ok=True)
-    name = f"{platform.system()}-{platform.machine()}-{os.cpu_count()}".lower()
-    path = RESULTS / f"{name}.csv"
-    rows = [machine() | {"pairs": pairs} | asdict(result) for result in results]
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--family", choices=FAMILIES, action="append", help="default: all")
@@ -394,7 +354,7 @@ def main() -> None:
     parser.add_argument("--decode-tokens", type=int, default=32)
     parser.add_argument("--dtype", choices=AGREEMENT, default="float32")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--csv", action="store_true", help=f"also append to {RESULTS.name}/")
+    parser.add_argument("--csv", action="store_true", help="also append to results/")
     arguments = parser.parse_args()
     results: list[Result] = []
     disagreements: list[str] = []
@@ -410,7 +370,9 @@ def main() -> None:
     else:
         print(report(results, arguments.pairs))
     if arguments.csv and results:
-        print(f"added to {append_csv(results, arguments.pairs)}", file=sys.stderr)
+        path = results_file()
+        append_csv(path, [machine() | {"pairs": arguments.pairs} | asdict(r) for r in results])
+        print(f"added to {path}", file=sys.stderr)
     for message in disagreements:
         print(message, file=sys.stderr)
     if disagreements or any(result.is_missed for result in results):
