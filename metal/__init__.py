@@ -7,6 +7,7 @@ from metal.causal_conv1d import causal_conv1d
 from metal.dispatch import Backend, available, faults, set_backend
 from metal.linear_scan import block_rg_lru, linear_scan, rg_lru
 from metal.local_attention import local_attention, local_attention_decode
+from metal.rms_norm import rms_norm_1p
 
 __all__ = [
     "Backend",
@@ -18,5 +19,6 @@ __all__ = [
     "local_attention",
     "local_attention_decode",
     "rg_lru",
+    "rms_norm_1p",
     "set_backend",
 ]

@@ -2,9 +2,15 @@
 
 import mlx.core as mx
 
-from metal import reference
-from metal.arguments import check_rows, check_sequence, check_vector
-from metal.dispatch import Backend
+from metal import conv_kernel, reference
+from metal.arguments import FLOATS, check_rows, check_sequence, check_vector
+from metal.dispatch import Backend, Op
+
+_CAUSAL_CONV1D = Op(
+    "causal_conv1d",
+    *(reference.causal_conv1d, conv_kernel.causal_conv1d),
+    *(conv_kernel.causal_conv1d_variant, conv_kernel.causal_conv1d_sample),
+)
 
 
 def causal_conv1d(
@@ -21,25 +27,32 @@ def causal_conv1d(
 
     Args:
         u: Input, [B, T, E], float32, float16 or bfloat16; T = 1 is the decode step.
-        weight: [E, K]; the last tap multiplies the current token.
-        bias: [E].
+        weight: [E, K], any floating dtype; the last tap multiplies the current token.
+        bias: [E], any floating dtype.
         state: The K - 1 inputs before u, oldest first, [B, K-1, E], dtype of u; zeros at a start.
         lengths: Valid leading tokens of each row (right padding), [B], integer; T if None.
         reset: [B, T] bool; a token at or after a reset sees zeros in place of what came before it.
+        backend: As in `linear_scan`.
 
     Returns:
-        y [B, T, E] in u.dtype, finite and unspecified past a row's length; the state that continues
-        each row after its last valid token, [B, K-1, E].
+        y [B, T, E] in u.dtype, unspecified past a row's length and finite if u is; the state that
+        continues each row after its last valid token, [B, K-1, E].
 
     Raises:
-        ValueError: a shape or dtype is not as above.
+        ValueError: a shape or dtype is not as above, or the backend is "metal" and its kernel
+            cannot take the arguments: K = 1, K > 8 or an empty u.
+        RuntimeError: as `linear_scan`.
 
     Accumulates in float32.
     """
     check_sequence("causal_conv1d", "u", u)
     B, _, E = u.shape
-    if weight.ndim != 2 or weight.shape[0] != E or weight.shape[1] < 1:
-        raise ValueError(f"[causal_conv1d] expected weight [{E}, K], got {weight.shape}.")
+    is_matrix = weight.ndim == 2 and weight.shape[0] == E and weight.shape[1] >= 1
+    if not is_matrix or weight.dtype not in FLOATS:
+        raise ValueError(
+            f"[causal_conv1d] expected weight [{E}, K] floating, "
+            f"got {weight.shape} of {weight.dtype}."
+        )
     check_vector("causal_conv1d", "bias", bias, u)
     expected = (B, weight.shape[1] - 1, E)
     if state.shape != expected or state.dtype != u.dtype:
@@ -48,4 +61,5 @@ def causal_conv1d(
             f"got {state.shape} of {state.dtype}."
         )
     check_rows("causal_conv1d", u, None, lengths, reset)
-    return reference.causal_conv1d(u, weight, bias, state, lengths, reset)
+    y, tail = _CAUSAL_CONV1D(backend, u, weight, bias, state, lengths, reset)
+    return y, tail

@@ -8,6 +8,7 @@ from functools import cache, partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from metal import rms_norm_1p
 from mlxmodels.errors import ModelError
 from mlxmodels.linear import Linear
 
@@ -137,13 +138,6 @@ def rotate(x: mx.array, angles: mx.array) -> mx.array:
     return mx.concatenate([turned.astype(x.dtype), rest], axis=-1)
 
 
-def _rms_norm_1p(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    return mx.fast.rms_norm(x, 1.0 + weight.astype(mx.float32), eps).astype(x.dtype)
-
-
-_rms_norm_1p_step = mx.compile(_rms_norm_1p)
-
-
 class RMSNorm1P(nn.Module):
     """Scales by (1 + weight), which is formed and applied in float32 and rounded once."""
 
@@ -153,10 +147,7 @@ class RMSNorm1P(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        # Off Apple GPUs the norm is a dozen operations. Fused they are faster for one token, whose
-        # time goes into starting them, and slower for many: compiled code there is not vectorised.
-        norm = _rms_norm_1p_step if x.shape[-2] == 1 else _rms_norm_1p
-        return norm(x, self.weight, self.eps)
+        return rms_norm_1p(x, self.weight, self.eps)
 
 
 class GatedMLP(nn.Module):

@@ -93,7 +93,7 @@ class LayerNorm1P(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        norm = _layer_norm_1p_step if x.shape[-2] == 1 else _layer_norm_1p  # as in RMSNorm1P
+        norm = _layer_norm_1p_step if x.shape[-2] == 1 else _layer_norm_1p  # as in metal.reference
         return norm(x, self.weight, self.bias, self.eps)
 
 

@@ -1,0 +1,67 @@
+"""How the kernel of the norm is launched: grid, variant, gradient, self-check case."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from metal import build, reference
+from metal.dispatch import Unsupported
+
+LANES = 32  # of a simdgroup; a threadgroup is whole ones
+THREADS = 256  # of a threadgroup, at most
+# Values a thread keeps between the sum and the scaling: rows of up to THREADS * KEPT = 5120 are
+# read once. Of the models with this norm, Gemma 2 27B has the longest, 4608.
+KEPT = 20
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the text of the norm's kernel depends on: not the length of a row."""
+
+    dtype: mx.Dtype
+    weight: mx.Dtype
+
+
+def rms_norm_1p_variant(x: mx.array, weight: mx.array, eps: float) -> Variant:
+    if x.size == 0:
+        raise Unsupported(f"[rms_norm_1p] the Metal kernel takes no empty x, got {x.shape}.")
+    return Variant(x.dtype, weight.dtype)
+
+
+def rms_norm_1p(variant: Variant, x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """`metal.rms_norm_1p` by the kernel; its gradient is the reference's."""
+
+    def forward(x: mx.array, weight: mx.array) -> mx.array:
+        return _launch(variant, x, weight, eps)
+
+    def through_reference(x: mx.array, weight: mx.array) -> list[mx.array]:
+        return [reference.rms_norm_1p(x, weight, eps)]
+
+    def backward(primals: Sequence[mx.array], cotangent: Any) -> list[mx.array]:
+        return mx.vjp(through_reference, list(primals), [cotangent])[1]
+
+    y: mx.array = build.differentiable(forward, backward, (x, weight))
+    return y
+
+
+def rms_norm_1p_sample(variant: Variant) -> tuple[Any, ...]:
+    D = THREADS * KEPT + 40  # past the kept values
+    x = mx.sin(mx.arange(2 * D)).reshape(2, D).astype(variant.dtype)
+    return x, mx.sin(3 * mx.arange(D)).astype(variant.weight), 1e-6
+
+
+def _launch(variant: Variant, x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    D = x.shape[-1]
+    threads = min(THREADS, -(-D // LANES) * LANES)
+    kernel = build.kernel("rms_norm_1p", ("x", "weight", "eps"), ("y",))
+    outputs = kernel(
+        inputs=[x, weight, eps],
+        template=[("T", variant.dtype), ("KEPT", KEPT)],
+        grid=(threads, x.size // D, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[x.shape],
+        output_dtypes=[variant.dtype],
+    )
+    return outputs[0]
