@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 from app.errors import GryphonError
+
+Kernels = Literal["auto", "metal", "reference"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,16 @@ class Settings:
     blas: str = "auto"
     """GRYPHON_BLAS: "auto" or "off"; Linux only, whether the engine preloads OpenBLAS."""
 
+    kernels: Kernels = "auto"
+    """GRYPHON_KERNELS: "auto" uses Metal kernels where they run and pass their self-check, "metal"
+    insists on them, "reference" on plain MLX."""
+
     prompt_time_limit_s: float = 15.0
     """GRYPHON_PROMPT_TIME_LIMIT: seconds one prompt may take to render and tokenize."""
+
+    prefix_cache_bytes: int | None = None
+    """GRYPHON_PREFIX_CACHE_BYTES: memory for the states of earlier prompts and answers; 0 keeps
+    none, None is a tenth of what is available once a model is loaded, at most 2 GiB."""
 
     engine_log_level: str = "warning"
     """GRYPHON_LOG: debug, info, warning or error; never includes prompt text."""
@@ -41,7 +52,9 @@ class Settings:
             home=home,
             api_key=env.get("GRYPHON_API_KEY") or None,
             blas=env.get("GRYPHON_BLAS", "auto"),
+            kernels=_kernels(),
             prompt_time_limit_s=_seconds("GRYPHON_PROMPT_TIME_LIMIT", cls.prompt_time_limit_s),
+            prefix_cache_bytes=_bytes("GRYPHON_PREFIX_CACHE_BYTES"),
             engine_log_level=env.get("GRYPHON_LOG", "warning"),
         )
 
@@ -65,6 +78,22 @@ def _seconds(name: str, default: float) -> float:
             "invalid_setting", f"{name} must be a number of seconds, up to a day, got {text!r}."
         )
     return value
+
+
+def _bytes(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    if text and not (text.isascii() and text.isdigit()):
+        raise GryphonError("invalid_setting", f"{name} must be a number of bytes, got {text!r}.")
+    return int(text) if text else None
+
+
+def _kernels() -> Kernels:
+    text = os.environ.get("GRYPHON_KERNELS") or "auto"
+    if text not in get_args(Kernels):
+        raise GryphonError(
+            "invalid_setting", f"GRYPHON_KERNELS must be auto, metal or reference, got {text!r}."
+        )
+    return cast(Kernels, text)
 
 
 def child_environment(**extra: str) -> dict[str, str]:

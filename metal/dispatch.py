@@ -21,7 +21,7 @@ _LOG = logging.getLogger(__name__)
 
 # RMS of the difference over RMS of the reference, by the coarsest dtype of the arguments. Rounding
 # is a tenth of it; a kernel that is wrong is wrong by more.
-_TOLERANCE = {mx.float32: 1e-4, mx.float16: 5e-3, mx.bfloat16: 3e-2}
+_TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 2e-2}
 
 
 class Unsupported(ValueError):
@@ -41,6 +41,8 @@ class Op:
     """variant(*arguments): what the kernel's text depends on; raises `Unsupported`."""
     sample: Callable[[Any], tuple[Any, ...]]
     """sample(variant): small arguments of that variant, for the self-check."""
+    prefers_reference: Callable[..., bool] | None = None
+    """prefers_reference(*arguments): whether "auto" leaves them to a kernel of MLX's own."""
 
     def __call__(self, backend: Backend, *arguments: Any) -> Any:
         """The op of the arguments.
@@ -63,6 +65,8 @@ class Op:
             raise ValueError(_no_backend(wanted))
         if not available() or self.name in _faults:
             return self.reference(*arguments)
+        if self.prefers_reference is not None and self.prefers_reference(*arguments):
+            return self.reference(*arguments)
         try:
             variant = self.variant(*arguments)
         except Unsupported:
@@ -75,13 +79,16 @@ class Op:
         """Compute the small case of a variant both ways; what is wrong with it, or None."""
         try:
             arguments = self.sample(variant)
-            want = _arrays(self.reference(*arguments))
+            like = _arrays(self.reference(*arguments))
+            # In 16 bits plain MLX rounds what a kernel keeps, scores for one, by more than a kernel
+            # that is right may differ.
+            want = _arrays(self.reference(*map(_widened, arguments)))
             got = _arrays(self.kernel(variant, *arguments))
             mx.eval(want, got)
             given = [a.dtype for a in arguments if isinstance(a, mx.array)]
             limit = max(_TOLERANCE[dtype] for dtype in given if dtype in _TOLERANCE)
-            for g, w in zip(got, want, strict=True):
-                if fault := _difference(g, w, limit):
+            for g, w, expected in zip(got, want, like, strict=True):
+                if fault := _difference(g, w, expected, limit):
                     return fault
         except Exception as error:  # whatever a compiler, a driver or a kernel may raise
             return f"{type(error).__name__}: {error}".strip()
@@ -150,9 +157,14 @@ def _arrays(result: Any) -> list[mx.array]:
     return [result] if isinstance(result, mx.array) else cast("list[mx.array]", list(result))
 
 
-def _difference(got: mx.array, want: mx.array, limit: float) -> str | None:
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return f"expected {want.shape} of {want.dtype}, got {got.shape} of {got.dtype}"
+def _widened(argument: Any) -> Any:
+    is_narrow = isinstance(argument, mx.array) and argument.dtype in (mx.float16, mx.bfloat16)
+    return argument.astype(mx.float32) if is_narrow else argument
+
+
+def _difference(got: mx.array, want: mx.array, like: mx.array, limit: float) -> str | None:
+    if got.shape != like.shape or got.dtype != like.dtype:
+        return f"expected {like.shape} of {like.dtype}, got {got.shape} of {got.dtype}"
     truth = want.astype(mx.float32)
     error = mx.sqrt(mx.mean(mx.square(got.astype(mx.float32) - truth))).item()
     scale = mx.sqrt(mx.mean(mx.square(truth))).item()

@@ -2,9 +2,35 @@
 
 import mlx.core as mx
 
-from metal import reference
+from metal import attention_kernel, reference
+from metal.arguments import FLOATS
+from metal.dispatch import Backend, Op
 
-_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+def _reference(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    window: int,
+    softcap: float | None,
+    key_start: mx.array | None,
+    lengths: mx.array | None,
+) -> mx.array:
+    return reference.local_attention(q, k, v, scale, window, softcap, key_start)
+
+
+_LOCAL_ATTENTION = Op(
+    "local_attention",
+    *(_reference, attention_kernel.local_attention),
+    *(attention_kernel.attention_variant, attention_kernel.attention_sample),
+    prefers_reference=attention_kernel.prefers_reference,
+)
+_LOCAL_ATTENTION_DECODE = Op(
+    "local_attention_decode",
+    *(reference.local_attention_decode, attention_kernel.local_attention_decode),
+    *(attention_kernel.decode_variant, attention_kernel.decode_sample),
+)
 
 
 def local_attention(
@@ -17,6 +43,7 @@ def local_attention(
     softcap: float | None = None,
     key_start: mx.array | None = None,
     lengths: mx.array | None = None,
+    backend: Backend = "auto",
 ) -> mx.array:
     """Causal attention in which every query sees at most `window` keys, its own included.
 
@@ -33,14 +60,19 @@ def local_attention(
         softcap: If given, scores become softcap * tanh(score / softcap) before the mask.
         key_start: First valid key of each row (left padding), [B], integer; 0 if None.
         lengths: Valid leading queries of each row (right padding), [B], integer; T if None.
+        backend: "auto" takes a Metal kernel on an Apple GPU (see `dispatch.py`), unless MLX's own
+            attention does all that is asked; "metal" insists on ours, "reference" on plain MLX.
 
     Returns:
         [B, H, T, D] in q.dtype; rows past a length are finite and unspecified.
 
     Raises:
-        ValueError: a shape or dtype is not as above, or window or softcap is not positive.
+        ValueError: a shape or dtype is not as above, window or softcap is not positive, or the
+            backend is "metal" and its kernels cannot take the arguments.
+        RuntimeError: the backend is "metal" and there is no Apple GPU.
 
-    Softmax in float32. The largest score matrix held is block x (window + block).
+    Softmax in float32. The kernels hold no score matrix; plain MLX holds at most one of
+    block x (window + block).
     """
     _check("local_attention", q, k, v, window, softcap)
     if k.shape[2] < q.shape[2]:
@@ -50,7 +82,9 @@ def local_attention(
     for name, value in (("key_start", key_start), ("lengths", lengths)):
         if value is not None:
             _check_row_integers("local_attention", name, value, q.shape[0])
-    return reference.local_attention(q, k, v, scale, window, softcap, key_start)
+    arguments = (q, k, v, scale, window, softcap, key_start, lengths)
+    out: mx.array = _LOCAL_ATTENTION(backend, *arguments)
+    return out
 
 
 def local_attention_decode(
@@ -62,6 +96,7 @@ def local_attention_decode(
     scale: float,
     window: int,
     softcap: float | None = None,
+    backend: Backend = "auto",
 ) -> mx.array:
     """One query per row against a ring of its last `window` keys, called after the write.
 
@@ -72,19 +107,21 @@ def local_attention_decode(
         q: Queries, [B, H, 1, D], float32, float16 or bfloat16.
         k_ring: Keys, [B, Hkv, window, D] with Hkv dividing H, dtype of q.
         v_ring: Values, shape and dtype of k_ring.
-        position: Absolute position of each row's query, [B], int32; rows may differ.
+        position: Absolute position of each row's query, [B], integer; rows may differ.
         scale: Multiplies q.k before everything else.
         window: Slots of the ring, >= 1.
         softcap: If given, scores become softcap * tanh(score / softcap) before the mask.
+        backend: "auto" takes the Metal kernel on an Apple GPU; "metal" insists on it, "reference"
+            on plain MLX.
 
     Returns:
         [B, H, 1, D] in q.dtype. A row with a negative position (padding) sees one slot, position %
         window, so that it stays finite.
 
     Raises:
-        ValueError: a shape or dtype is not as above, or window or softcap is not positive.
+        As `local_attention`.
 
-    Softmax in float32.
+    Softmax in float32. The kernel does not read slots that are not visible.
     """
     _check("local_attention_decode", q, k_ring, v_ring, window, softcap)
     if q.shape[2] != 1:
@@ -94,7 +131,9 @@ def local_attention_decode(
             f"[local_attention_decode] expected rings of {window} slots, got {k_ring.shape[2]}."
         )
     _check_row_integers("local_attention_decode", "position", position, q.shape[0])
-    return reference.local_attention_decode(q, k_ring, v_ring, position, scale, window, softcap)
+    arguments = (q, k_ring, v_ring, position, scale, window, softcap)
+    out: mx.array = _LOCAL_ATTENTION_DECODE(backend, *arguments)
+    return out
 
 
 def _check(
@@ -102,7 +141,7 @@ def _check(
 ) -> None:
     if q.ndim != 4 or q.shape[2] < 1:
         raise ValueError(f"[{op}] expected q [B, H, T, D] with T >= 1, got {q.shape}.")
-    if q.dtype not in _FLOATS:
+    if q.dtype not in FLOATS:
         raise ValueError(f"[{op}] expected q float32, float16 or bfloat16, got {q.dtype}.")
     B, H, _, D = q.shape
     if k.ndim != 4 or k.shape[0] != B or k.shape[3] != D or k.dtype != q.dtype:

@@ -213,6 +213,10 @@ def local_attention(
 ) -> mx.array:
     """See `metal.local_attention`; causality keeps a padded tail harmless without `lengths`."""
     T, S = q.shape[2], k.shape[2]
+    is_plain = softcap is None and key_start is None and window >= S
+    if is_plain and mx.default_device().type == mx.DeviceType.gpu:
+        # There MLX's own attention holds no scores and skips what is after a query.
+        return _attention(q, k, v, scale, None, "causal" if T > 1 else None)
     blocks = []
     for begin in range(0, T, _QUERY_BLOCK):
         end = min(begin + _QUERY_BLOCK, T)
@@ -271,7 +275,7 @@ def _scan_float32(x: mx.array, a: mx.array, h0: mx.array | None) -> tuple[mx.arr
 
     def steps(values: mx.array) -> list[mx.array]:
         """Token i of every chunk, [B, chunks, 1, E], for each i."""
-        return mx.split(values[:, :whole].reshape(B, chunks, length, E), length, axis=2)
+        return list(mx.split(values[:, :whole].reshape(B, chunks, length, E), length, axis=2))
 
     xs, decays = steps(x), steps(a)
     end, decay = xs[0], decays[0]

@@ -404,7 +404,8 @@ def _sample_input(variant: Variant) -> mx.array:
 
 def _sample_parameter(variant: Variant, x: mx.array) -> list[mx.array]:
     assert variant.recurrent_param is not None
-    return [_wave(x.shape[2:], variant.recurrent_param, 4)]
+    # Decays from almost 0 to almost 1: with the former alone no state would reach the next tile.
+    return [(4 * _wave(x.shape[2:], mx.float32, 4) - 2).astype(variant.recurrent_param)]
 
 
 def _sample_state(variant: Variant, x: mx.array) -> tuple[Any, ...]:

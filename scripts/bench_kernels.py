@@ -231,6 +231,7 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in host.items()))
     print(f"{'op':<23} {'shape':<32} {'dtype':<9} {'ours ms':>9} {'other ms':>9}  ratio", end="")
     print("  (least, greatest)    GB/s  peak MB  other's  against")
+    path = results_file("-kernels")
     rows: list[Row] = []
     faults: list[str] = []
     for name in arguments.dtype or default:
@@ -238,11 +239,17 @@ def main() -> None:
         for case in (kernel_cases if on_gpu else reference_cases)(DTYPES[name]):
             if arguments.op and case.op not in arguments.op:
                 continue
-            if fault := disagreement(case):
+            try:
+                fault, row = disagreement(case), measure(case, arguments.pairs)
+            except Exception as error:  # what Apple's compiler refuses comes out of an evaluation
+                fault = f"{case.op} {case.shape} {name}: {type(error).__name__}: {error}"
+            if fault:
                 faults.append(fault)
+                print(fault, file=sys.stderr, flush=True)
                 continue
-            row = measure(case, arguments.pairs)
             rows.append(row)
+            if not arguments.no_csv:
+                append_csv(path, [host | {"pairs": arguments.pairs} | asdict(row)])
             print(
                 f"{row.op:<23} {row.shape:<32} {row.dtype:<9} {row.ours_ms:9.3f} "
                 f"{row.other_ms:9.3f} {row.ratio:6.2f}  ({row.least:.2f}, {row.greatest:.2f}) "
@@ -253,11 +260,7 @@ def main() -> None:
             )
             mx.clear_cache()
     if rows and not arguments.no_csv:
-        path = results_file("-kernels")
-        append_csv(path, [host | {"pairs": arguments.pairs} | asdict(row) for row in rows])
         print(f"added to {path}")
-    for fault in faults:
-        print(fault, file=sys.stderr)
     if faults or any(row.is_missed for row in rows):
         sys.exit(1)
 

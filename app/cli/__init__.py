@@ -122,6 +122,9 @@ def build_parser() -> argparse.ArgumentParser:
     ps.add_argument("--json", action="store_true")
 
     doctor = commands.add_parser("doctor", help="versions, device, paths, and what would be used")
+    doctor.add_argument(
+        "--kernels", action="store_true", help="check and time every Metal kernel on this machine"
+    )
     doctor.add_argument("--json", action="store_true")
     return parser
 

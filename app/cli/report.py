@@ -14,6 +14,7 @@ import sys
 import msgspec
 
 from app import __version__, paths
+from app.cli import kernels
 from app.cli.terminal import human_bytes
 from app.engine.client import EngineClient
 from app.engine.protocol import EngineStatus
@@ -62,6 +63,8 @@ def _describe(status: EngineStatus) -> str:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Print what Gryphon stands on, and exit with 1 when something keeps it from working."""
+    if arguments.kernels:
+        return kernels.doctor(_versions(), as_json=arguments.json)
     report = _collect()
     if arguments.json:
         print(json.dumps(report, indent=2))
@@ -101,17 +104,21 @@ def _collect() -> dict[str, dict[str, object]]:
     except GryphonError as error:
         models["default"] = error.message
     return {
-        "versions": {
-            "gryphon": __version__,
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-            **{name: _version(name) for name in _PACKAGES},
-        },
+        "versions": _versions(),
         "compute": compute,
         "packages": {name: _location(name) for name in ("app", "mlxmodels", "metal")},
         "directories": {name: str(path) for name, path in where.items()},
         "models": models,
         "problems": problems,
+    }
+
+
+def _versions() -> dict[str, object]:
+    return {
+        "gryphon": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        **{name: _version(name) for name in _PACKAGES},
     }
 
 

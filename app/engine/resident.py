@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 import mlxmodels
+from app.engine import kernels
 from app.engine.memory import plan_load
 from app.engine.protocol import ModelRef, Sampling
 from app.engine.sampling import recommended_sampling
@@ -28,7 +29,7 @@ class ResidentModel:
 
     Attributes:
         recommended: The sampling its generation_config.json recommends.
-        note: How its weights are held, for people.
+        note: How its weights are held and what the settings changed, for people.
     """
 
     ref: ModelRef
@@ -54,9 +55,10 @@ def load_resident(ref: ModelRef, progress: Callable[[int, int], None]) -> Reside
         progress: Called with bytes done and bytes in all.
 
     Raises:
-        GryphonError: "does_not_fit" with the arithmetic, or "invalid_model".
+        GryphonError: "does_not_fit" with the arithmetic, "invalid_model", or "no_apple_gpu".
     """
     try:
+        chosen = kernels.choose_backend()
         plan = plan_load(Path(ref.path))
         progress(0, plan.file_bytes)
         loaded = mlxmodels.load(ref.path, dtype=plan.dtype)
@@ -73,7 +75,8 @@ def load_resident(ref: ModelRef, progress: Callable[[int, int], None]) -> Reside
             f"{ref.name} cannot be loaded ({type(error).__name__}: {error}). If its files are "
             "complete, this build of it is not supported.",
         ) from error
-    return ResidentModel(ref, loaded, recommended, plan.note)
+    note = f"{plan.note}, {chosen}" if chosen else plan.note
+    return ResidentModel(ref, loaded, recommended, note)
 
 
 def _generation_config(path: Path) -> dict[str, Any]:
