@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from metal import build, reference
 from metal.dispatch import Unsupported
+from metal.sample import wave
 
 LANES = 32
 SPLIT = 128  # keys of one threadgroup of the decode kernel
@@ -131,7 +132,7 @@ def local_attention(
         return _launch_decode(variant, q, k, v, scale, window, softcap, None, key_start)
 
     def by_reference(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return reference.local_attention(q, k, v, scale, window, softcap, key_start)
+        return reference.local_attention(q, k, v, scale, window, softcap, key_start, None)
 
     return _differentiable(forward, by_reference, (q, k, v), lengths)
 
@@ -360,12 +361,9 @@ def _sample_slots(variant: DecodeVariant) -> int:
 def _sample_arrays(
     variant: TileVariant | DecodeVariant, queries: Sequence[int], keys: Sequence[int]
 ) -> list[mx.array]:
-    """Values without randomness, so that nobody's seed moves.
-
-    Queries and keys have one frequency: products of different ones cancel, and with scores of 0
-    neither their sign nor a softcap would count.
-    """
+    # Queries and keys have one frequency: products of different ones cancel, and with scores of 0
+    # neither their sign nor a softcap would count.
     return [
-        (0.8 * mx.sin(frequency * mx.arange(math.prod(shape)))).reshape(shape).astype(variant.dtype)
+        (0.8 * wave(shape, mx.float32, frequency)).astype(variant.dtype)
         for frequency, shape in ((1.0, queries), (1.0, keys), (3.0, keys))
     ]

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import mlx.core as mx
 
 from metal import build, reference
 from metal.dispatch import Unsupported
+from metal.sample import wave
 
 LANES = 32  # of a simdgroup, which shares what it reads of the resets
 THREADS = 256  # of a threadgroup, at most
@@ -76,10 +76,10 @@ def causal_conv1d_sample(variant: Variant) -> tuple[Any, ...]:
     B, E = 3, 40
     T = 1 if variant.tokens == 1 else 2 * TOKENS + 3
     return (
-        _wave((B, T, E), variant.dtype, 1),
-        _wave((E, variant.K), variant.weight, 2),
-        _wave((E,), variant.bias, 3),
-        _wave((B, variant.K - 1, E), variant.dtype, 4),
+        wave((B, T, E), variant.dtype, 1),
+        wave((E, variant.K), variant.weight, 2),
+        wave((E,), variant.bias, 3),
+        wave((B, variant.K - 1, E), variant.dtype, 4),
         mx.array([T, 0, T - 1]) if variant.has_lengths else None,
         (mx.arange(B * T) % 5 == 2).reshape(B, T) if variant.has_reset else None,
     )
@@ -117,8 +117,3 @@ def _launch(
         output_shapes=[u.shape, state.shape],
         output_dtypes=[variant.dtype, variant.dtype],
     )
-
-
-def _wave(shape: Sequence[int], dtype: mx.Dtype, frequency: float) -> mx.array:
-    """Values without randomness, so that nobody's seed moves."""
-    return mx.sin(frequency * mx.arange(prod(shape))).reshape(shape).astype(dtype)

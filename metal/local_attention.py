@@ -6,23 +6,9 @@ from metal import attention_kernel, reference
 from metal.arguments import FLOATS
 from metal.dispatch import Backend, Op
 
-
-def _reference(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    scale: float,
-    window: int,
-    softcap: float | None,
-    key_start: mx.array | None,
-    lengths: mx.array | None,
-) -> mx.array:
-    return reference.local_attention(q, k, v, scale, window, softcap, key_start)
-
-
 _LOCAL_ATTENTION = Op(
     "local_attention",
-    *(_reference, attention_kernel.local_attention),
+    *(reference.local_attention, attention_kernel.local_attention),
     *(attention_kernel.attention_variant, attention_kernel.attention_sample),
     prefers_reference=attention_kernel.prefers_reference,
 )

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from metal import build, reference
 from metal.dispatch import Unsupported
+from metal.sample import wave
 
 LANES = 32  # of a simdgroup; a threadgroup is whole ones
 THREADS = 256  # of a threadgroup, at most
@@ -48,8 +49,8 @@ def rms_norm_1p(variant: Variant, x: mx.array, weight: mx.array, eps: float) -> 
 
 def rms_norm_1p_sample(variant: Variant) -> tuple[Any, ...]:
     D = THREADS * KEPT + 40  # past the kept values
-    x = mx.sin(mx.arange(2 * D)).reshape(2, D).astype(variant.dtype)
-    return x, mx.sin(3 * mx.arange(D)).astype(variant.weight), 0.1  # an eps that counts
+    eps = 0.1  # large enough to count
+    return wave((2, D), variant.dtype), wave((D,), variant.weight, 3), eps
 
 
 def _launch(variant: Variant, x: mx.array, weight: mx.array, eps: float) -> mx.array:

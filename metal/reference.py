@@ -210,12 +210,14 @@ def local_attention(
     window: int,
     softcap: float | None,
     key_start: mx.array | None,
+    lengths: mx.array | None,
 ) -> mx.array:
     """See `metal.local_attention`; causality keeps a padded tail harmless without `lengths`."""
     T, S = q.shape[2], k.shape[2]
-    is_plain = softcap is None and key_start is None and window >= S
+    is_plain = softcap is None and key_start is None and window >= S and q.shape[3] <= 128
     if is_plain and mx.default_device().type == mx.DeviceType.gpu:
-        # There MLX's own attention holds no scores and skips what is after a query.
+        # There MLX's own attention, up to that head dim, holds no scores and skips what is after a
+        # query.
         return _attention(q, k, v, scale, None, "causal" if T > 1 else None)
     blocks = []
     for begin in range(0, T, _QUERY_BLOCK):

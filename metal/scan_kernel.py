@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import mlx.core as mx
 
 from metal import build, reference
 from metal.dispatch import Unsupported
+from metal.sample import wave
 
 LANES = 32  # channels a threadgroup owns: threads of a simdgroup read neighbours
 TOKENS = 8  # consecutive tokens of one thread
@@ -209,13 +209,13 @@ def block_rg_lru(
 
 def scan_sample(variant: Variant) -> tuple[Any, ...]:
     x = _sample_input(variant)
-    a = mx.sigmoid(3 * _wave(x.shape, mx.float32, 2)).astype(variant.dtype)
+    a = mx.sigmoid(3 * wave(x.shape, mx.float32, 2)).astype(variant.dtype)
     return (x, a, *_sample_state(variant, x))
 
 
 def rg_lru_sample(variant: Variant) -> tuple[Any, ...]:
     x = _sample_input(variant)
-    gates = (_wave(x.shape, x.dtype, 2), _wave(x.shape, x.dtype, 3))
+    gates = (wave(x.shape, x.dtype, 2), wave(x.shape, x.dtype, 3))
     return (x, *gates, *_sample_parameter(variant, x), *_sample_state(variant, x))
 
 
@@ -223,7 +223,7 @@ def block_rg_lru_sample(variant: Variant) -> tuple[Any, ...]:
     x = _sample_input(variant)
     heads, block = 2, x.shape[2] // 2
     gates = [
-        _wave(shape, x.dtype, frequency)
+        wave(shape, x.dtype, frequency)
         for frequency in (2, 3)
         for shape in ((heads, block, block), (heads, block))
     ]
@@ -392,26 +392,21 @@ def _scan_vjp(
     return gradients
 
 
-def _wave(shape: Sequence[int], dtype: mx.Dtype, frequency: float) -> mx.array:
-    """Values without randomness, so that nobody's seed moves."""
-    return mx.sin(frequency * mx.arange(prod(shape))).reshape(shape).astype(dtype)
-
-
 def _sample_input(variant: Variant) -> mx.array:
     T = 1 if variant.segments == 0 else variant.segments * TOKENS + 3
-    return _wave((3, T, 40), variant.dtype, 1)
+    return wave((3, T, 40), variant.dtype, 1)
 
 
 def _sample_parameter(variant: Variant, x: mx.array) -> list[mx.array]:
     assert variant.recurrent_param is not None
     # Decays from almost 0 to almost 1: with the former alone no state would reach the next tile.
-    return [(4 * _wave(x.shape[2:], mx.float32, 4) - 2).astype(variant.recurrent_param)]
+    return [(4 * wave(x.shape[2:], mx.float32, 4) - 2).astype(variant.recurrent_param)]
 
 
 def _sample_state(variant: Variant, x: mx.array) -> tuple[Any, ...]:
     B, T, E = x.shape
     return (
-        _wave((B, E), mx.float32, 5) if variant.has_h0 else None,
+        wave((B, E), mx.float32, 5) if variant.has_h0 else None,
         mx.array([T, max(T - 2, 0), T]) if variant.has_lengths else None,
         (mx.arange(B * T) % 5 == 2).reshape(B, T) if variant.has_reset else None,
     )

@@ -20,6 +20,7 @@ if sys.platform == "darwin":
 def apple_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """MLX says that its default device is a GPU with Metal, which on a Mac it is; kernels must run
     under `metal_host.install()`. Every test starts as a new process does: nothing trusted."""
+    monkeypatch.setattr(mx.fast, "metal_kernel", mx.fast.metal_kernel)  # as it was, afterwards
     metal_host.intercept()
     build.kernel.cache_clear()
     dispatch.forget()
