@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
 
 from metal import build, reference
-from metal.dispatch import Unsupported
+from metal.dispatch import Op, Unsupported
 from metal.sample import wave
 
 LANES = 32
@@ -37,6 +38,8 @@ class TileVariant:
     has_softcap: bool
     has_key_start: bool
     has_lengths: bool
+    has_few_rows: bool
+    """Fewer than 8, where the text reads something per row; see build.FEW_ELEMENTS."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class DecodeVariant:
     is_ring: bool
     has_softcap: bool
     has_key_start: bool
+    has_few_rows: bool
+    """As of a tile."""
 
 
 def attention_variant(
@@ -73,7 +78,7 @@ def attention_variant(
         slots = _slots(q, k, window)
         return _decode_variant(q, k, slots, softcap, key_start is not None, is_ring=False)
     given = (softcap is not None, key_start is not None, lengths is not None)
-    return TileVariant(q.dtype, D, *given)
+    return TileVariant(q.dtype, D, *given, any(given[1:]) and q.shape[0] < build.FEW_ELEMENTS)
 
 
 def decode_variant(
@@ -125,16 +130,8 @@ def local_attention(
     lengths: mx.array | None,
 ) -> mx.array:
     """`metal.local_attention` by a kernel; its gradient is the reference's, computed anew."""
-
-    def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        if isinstance(variant, TileVariant):
-            return _launch_tiles(variant, q, k, v, scale, window, softcap, key_start, lengths)
-        return _launch_decode(variant, q, k, v, scale, window, softcap, None, key_start)
-
-    def by_reference(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return reference.local_attention(q, k, v, scale, window, softcap, key_start, None)
-
-    return _differentiable(forward, by_reference, (q, k, v), lengths)
+    out: mx.array = _attention(variant, scale, window, softcap)(q, k, v, key_start, lengths)
+    return out
 
 
 def local_attention_decode(
@@ -148,35 +145,79 @@ def local_attention_decode(
     softcap: float | None,
 ) -> mx.array:
     """`metal.local_attention_decode` by a kernel; its gradient is the reference's."""
+    out: mx.array = _decode(variant, scale, window, softcap)(q, k_ring, v_ring, position)
+    return out
 
-    def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+
+@lru_cache(64)  # not for ever: attention to everything has another window for every token
+def _attention(
+    variant: TileVariant | DecodeVariant, scale: float, window: int, softcap: float | None
+) -> Callable[..., Any]:
+    def forward(
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        key_start: mx.array | None,
+        lengths: mx.array | None,
+    ) -> mx.array:
+        if isinstance(variant, TileVariant):
+            return _launch_tiles(variant, q, k, v, scale, window, softcap, key_start, lengths)
+        return _launch_decode(variant, q, k, v, scale, window, softcap, None, key_start)
+
+    def by_reference(
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        key_start: mx.array | None,
+        lengths: mx.array | None,
+    ) -> mx.array:
+        return reference.local_attention(q, k, v, scale, window, softcap, key_start, lengths)
+
+    def backward(arguments: build.Arguments, cotangents: list[mx.array]) -> build.Arguments:
+        lengths = arguments[4]
+        if lengths is not None:  # what lies past a length says nothing, nor does its gradient
+            (cotangent,) = cotangents
+            valid = (mx.arange(cotangent.shape[2]) < lengths[:, None])[:, None, :, None]
+            cotangents = [mx.where(valid, cotangent, mx.zeros_like(cotangent))]
+        return build.gradients_of(by_reference, arguments, cotangents)
+
+    return build.differentiable(forward, backward)
+
+
+@lru_cache(64)
+def _decode(
+    variant: DecodeVariant, scale: float, window: int, softcap: float | None
+) -> Callable[..., Any]:
+    def forward(q: mx.array, k: mx.array, v: mx.array, position: mx.array) -> mx.array:
         return _launch_decode(variant, q, k, v, scale, window, softcap, position, None)
 
-    def by_reference(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    def by_reference(q: mx.array, k: mx.array, v: mx.array, position: mx.array) -> mx.array:
         return reference.local_attention_decode(q, k, v, position, scale, window, softcap)
 
-    return _differentiable(forward, by_reference, (q, k_ring, v_ring), None)
+    return build.differentiable(forward, partial(build.gradients_of, by_reference))
 
 
 def attention_sample(variant: TileVariant | DecodeVariant) -> tuple[Any, ...]:
     lengths = None
+    B = 2 if variant.has_few_rows else build.FEW_ELEMENTS
     if isinstance(variant, TileVariant):
         H, Hkv, T, S = 4, 2, FEW + 13, FEW + 32
         if variant.has_lengths:
-            lengths = mx.array([T, T])  # what is past a length need not be equal
+            lengths = mx.full((B,), T)  # what is past a length need not be equal
     else:
         H, Hkv, T, S = variant.heads, 1, 2, _sample_slots(variant)
-    q, k, v = _sample_arrays(variant, (2, H, T, variant.D), (2, Hkv, S, variant.D))
+    q, k, v = _sample_arrays(variant, (B, H, T, variant.D), (B, Hkv, S, variant.D))
     softcap = 3.0 if variant.has_softcap else None
-    key_start = mx.array([0, S - 1]) if variant.has_key_start else None
+    key_start = mx.arange(B) % 2 * (S - 1) if variant.has_key_start else None
     return q, k, v, variant.D**-0.5, S - 5, softcap, key_start, lengths
 
 
 def decode_sample(variant: DecodeVariant) -> tuple[Any, ...]:
     slots = _sample_slots(variant)
-    queries, keys = (4, variant.heads, 1, variant.D), (4, 1, slots, variant.D)
+    position = mx.array([0, slots // 2, 3 * slots + 1, -2] * (1 if variant.has_few_rows else 2))
+    B = position.size
+    queries, keys = (B, variant.heads, 1, variant.D), (B, 1, slots, variant.D)
     q, k, v = _sample_arrays(variant, queries, keys)
-    position = mx.array([0, slots // 2, 3 * slots + 1, -2])
     softcap = 3.0 if variant.has_softcap else None
     return q, k, v, position, variant.D**-0.5, slots, softcap
 
@@ -205,7 +246,9 @@ def _decode_variant(
     most = min(8, 2560 // (D * q.dtype.size))
     parts = -(-group // most)
     return DecodeVariant(
-        q.dtype, D, -(-group // parts), slots > SPLIT, is_ring, softcap is not None, has_key_start
+        *(q.dtype, D, -(-group // parts), slots > SPLIT, is_ring, softcap is not None),
+        has_key_start,
+        (is_ring or has_key_start) and q.shape[0] < build.FEW_ELEMENTS,
     )
 
 
@@ -222,7 +265,8 @@ def _score_inputs(scale: float, softcap: float | None) -> list[Any]:
 
 
 def _row_input(value: mx.array | None) -> mx.array:
-    return build.absent(mx.int32) if value is None else value.astype(mx.int32)
+    """What is said of rows is indexed as it lies in memory, unlike q, k and v."""
+    return build.optional(None if value is None else mx.contiguous(value), mx.int32)
 
 
 def _launch_tiles(
@@ -338,22 +382,6 @@ def _launch_decode(
     return out.reshape(B, T, H, D).swapaxes(1, 2)
 
 
-def _differentiable(
-    forward: Callable[..., mx.array],
-    by_reference: Callable[..., mx.array],
-    arrays: Sequence[mx.array],
-    lengths: mx.array | None,
-) -> mx.array:
-    def backward(primals: Sequence[mx.array], cotangent: mx.array) -> list[mx.array]:
-        if lengths is not None:  # what lies past a length says nothing, nor does its gradient
-            valid = mx.arange(cotangent.shape[2]) < lengths[:, None]
-            cotangent = mx.where(valid[:, None, :, None], cotangent, 0.0).astype(cotangent.dtype)
-        return mx.vjp(by_reference, list(primals), [cotangent])[1]
-
-    out: mx.array = build.differentiable(forward, backward, arrays)
-    return out
-
-
 def _sample_slots(variant: DecodeVariant) -> int:
     return 2 * SPLIT + 40 if variant.is_split else 21
 
@@ -367,3 +395,14 @@ def _sample_arrays(
         (0.8 * wave(shape, mx.float32, frequency)).astype(variant.dtype)
         for frequency, shape in ((1.0, queries), (1.0, keys), (3.0, keys))
     ]
+
+
+LOCAL_ATTENTION = Op(
+    "local_attention",
+    *(reference.local_attention, local_attention, attention_variant, attention_sample),
+    prefers_reference=prefers_reference,
+)
+LOCAL_ATTENTION_DECODE = Op(
+    "local_attention_decode",
+    *(reference.local_attention_decode, local_attention_decode, decode_variant, decode_sample),
+)

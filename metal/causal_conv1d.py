@@ -2,15 +2,9 @@
 
 import mlx.core as mx
 
-from metal import conv_kernel, reference
 from metal.arguments import FLOATS, check_rows, check_sequence, check_vector
-from metal.dispatch import Backend, Op
-
-_CAUSAL_CONV1D = Op(
-    "causal_conv1d",
-    *(reference.causal_conv1d, conv_kernel.causal_conv1d),
-    *(conv_kernel.causal_conv1d_variant, conv_kernel.causal_conv1d_sample),
-)
+from metal.conv_kernel import CAUSAL_CONV1D
+from metal.dispatch import Backend
 
 
 def causal_conv1d(
@@ -61,5 +55,5 @@ def causal_conv1d(
             f"got {state.shape} of {state.dtype}."
         )
     check_rows("causal_conv1d", u, None, lengths, reset)
-    y, tail = _CAUSAL_CONV1D(backend, u, weight, bias, state, lengths, reset)
+    y, tail = CAUSAL_CONV1D(backend, u, weight, bias, state, lengths, reset)
     return y, tail

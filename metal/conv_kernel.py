@@ -1,13 +1,14 @@
 """How the kernel of the convolution is launched: grid, variant, gradient, self-check case."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
 
 from metal import build, reference
-from metal.dispatch import Unsupported
+from metal.dispatch import Op, Unsupported
 from metal.sample import wave
 
 LANES = 32  # of a simdgroup, which shares what it reads of the resets
@@ -28,6 +29,10 @@ class Variant:
     """Of one thread: 1 in the decode step."""
     has_lengths: bool
     has_reset: bool
+    has_few_rows: bool
+    """Fewer than 8, where there are lengths or resets; see build.FEW_ELEMENTS."""
+    has_few_tokens: bool
+    """As above, of all rows together."""
 
 
 def causal_conv1d_variant(
@@ -44,8 +49,10 @@ def causal_conv1d_variant(
     if u.size == 0:
         raise Unsupported(f"[causal_conv1d] the Metal kernel takes no empty u, got {u.shape}.")
     tokens = 1 if u.shape[1] == 1 else TOKENS
+    B, T, _ = u.shape
     given = (lengths is not None, reset is not None)
-    return Variant(u.dtype, weight.dtype, bias.dtype, K, tokens, *given)
+    few = (any(given) and B < build.FEW_ELEMENTS, any(given) and B * T < build.FEW_ELEMENTS)
+    return Variant(u.dtype, weight.dtype, bias.dtype, K, tokens, *given, *few)
 
 
 def causal_conv1d(
@@ -58,40 +65,45 @@ def causal_conv1d(
     reset: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     """`metal.causal_conv1d` by the kernel; its gradient is the reference's."""
-
-    def forward(*arrays: mx.array) -> Any:
-        return tuple(_launch(variant, arrays, lengths, reset))
-
-    def through_reference(u: mx.array, weight: mx.array, bias: mx.array, state: mx.array) -> Any:
-        return reference.causal_conv1d(u, weight, bias, state, lengths, reset)
-
-    def backward(primals: Sequence[mx.array], cotangents: Any) -> list[mx.array]:
-        return mx.vjp(through_reference, list(primals), list(cotangents))[1]
-
-    y, tail = build.differentiable(forward, backward, (u, weight, bias, state))
+    y, tail = _function(variant)(u, weight, bias, state, lengths, reset)
     return y, tail
 
 
+@cache
+def _function(variant: Variant) -> Callable[..., Any]:
+    return build.differentiable(
+        partial(_launch, variant), partial(build.gradients_of, reference.causal_conv1d)
+    )
+
+
 def causal_conv1d_sample(variant: Variant) -> tuple[Any, ...]:
-    B, E = 3, 40
-    T = 1 if variant.tokens == 1 else 2 * TOKENS + 3
+    has_many_rows = (variant.has_lengths or variant.has_reset) and not variant.has_few_rows
+    B, E = build.FEW_ELEMENTS + 1 if has_many_rows else 3, THREADS + 40
+    if variant.tokens == 1:
+        T = 1
+    elif variant.has_few_tokens:
+        B, T = 1, build.FEW_ELEMENTS - 1
+    else:
+        T = 2 * TOKENS + 3
     return (
         wave((B, T, E), variant.dtype, 1),
         wave((E, variant.K), variant.weight, 2),
         wave((E,), variant.bias, 3),
         wave((B, variant.K - 1, E), variant.dtype, 4),
-        mx.array([T, 0, T - 1]) if variant.has_lengths else None,
+        T - mx.arange(B) % 3 if variant.has_lengths else None,
         (mx.arange(B * T) % 5 == 2).reshape(B, T) if variant.has_reset else None,
     )
 
 
 def _launch(
     variant: Variant,
-    arrays: Sequence[mx.array],
+    u: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    state: mx.array,
     lengths: mx.array | None,
     reset: mx.array | None,
 ) -> list[mx.array]:
-    u, state = arrays[0], arrays[3]
     B, T, E = u.shape
     width = -(-E // LANES) * LANES
     kernel = build.kernel(
@@ -101,9 +113,9 @@ def _launch(
     )
     return kernel(
         inputs=[
-            *arrays,
-            build.absent(mx.int32) if lengths is None else lengths.astype(mx.int32),
-            build.absent(mx.bool_) if reset is None else reset,
+            *(u, weight, bias, state),
+            build.optional(lengths, mx.int32),
+            build.optional(reset, mx.bool_),
         ],
         template=[
             ("T", variant.dtype),
@@ -117,3 +129,9 @@ def _launch(
         output_shapes=[u.shape, state.shape],
         output_dtypes=[variant.dtype, variant.dtype],
     )
+
+
+CAUSAL_CONV1D = Op(
+    "causal_conv1d",
+    *(reference.causal_conv1d, causal_conv1d, causal_conv1d_variant, causal_conv1d_sample),
+)

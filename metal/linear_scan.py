@@ -2,25 +2,9 @@
 
 import mlx.core as mx
 
-from metal import reference, scan_kernel
 from metal.arguments import check_like, check_rows, check_sequence, check_vector
-from metal.dispatch import Backend, Op
-
-_LINEAR_SCAN = Op(
-    "linear_scan",
-    *(reference.linear_scan, scan_kernel.linear_scan),
-    *(scan_kernel.scan_variant, scan_kernel.scan_sample),
-)
-_RG_LRU = Op(
-    "rg_lru",
-    *(reference.rg_lru, scan_kernel.rg_lru),
-    *(scan_kernel.rg_lru_variant, scan_kernel.rg_lru_sample),
-)
-_BLOCK_RG_LRU = Op(
-    "block_rg_lru",
-    *(reference.block_rg_lru, scan_kernel.block_rg_lru),
-    *(scan_kernel.block_rg_lru_variant, scan_kernel.block_rg_lru_sample),
-)
+from metal.dispatch import Backend
+from metal.scan_kernel import BLOCK_RG_LRU, LINEAR_SCAN, RG_LRU
 
 
 def linear_scan(
@@ -57,7 +41,7 @@ def linear_scan(
     check_sequence("linear_scan", "x", x)
     check_like("linear_scan", "a", a, x)
     check_rows("linear_scan", x, h0, lengths, reset)
-    y, h_last = _LINEAR_SCAN(backend, x, a, h0, lengths, reset)
+    y, h_last = LINEAR_SCAN(backend, x, a, h0, lengths, reset)
     return y, h_last
 
 
@@ -105,7 +89,7 @@ def rg_lru(
     check_vector("rg_lru", "recurrent_param", recurrent_param, x)
     check_rows("rg_lru", x, h0, lengths, reset)
     gates = (input_gate, recurrent_gate, recurrent_param)
-    y, h_last = _RG_LRU(backend, x, *gates, h0, lengths, reset)
+    y, h_last = RG_LRU(backend, x, *gates, h0, lengths, reset)
     return y, h_last
 
 
@@ -174,5 +158,5 @@ def block_rg_lru(
     check_vector("block_rg_lru", "recurrent_param", recurrent_param, x)
     check_rows("block_rg_lru", x, h0, lengths, reset)
     arguments = (x, *gates.values(), recurrent_param, h0, lengths, reset)
-    y, h_last = _BLOCK_RG_LRU(backend, *arguments)
+    y, h_last = BLOCK_RG_LRU(backend, *arguments)
     return y, h_last

@@ -2,21 +2,9 @@
 
 import mlx.core as mx
 
-from metal import attention_kernel, reference
 from metal.arguments import FLOATS
-from metal.dispatch import Backend, Op
-
-_LOCAL_ATTENTION = Op(
-    "local_attention",
-    *(reference.local_attention, attention_kernel.local_attention),
-    *(attention_kernel.attention_variant, attention_kernel.attention_sample),
-    prefers_reference=attention_kernel.prefers_reference,
-)
-_LOCAL_ATTENTION_DECODE = Op(
-    "local_attention_decode",
-    *(reference.local_attention_decode, attention_kernel.local_attention_decode),
-    *(attention_kernel.decode_variant, attention_kernel.decode_sample),
-)
+from metal.attention_kernel import LOCAL_ATTENTION, LOCAL_ATTENTION_DECODE
+from metal.dispatch import Backend
 
 
 def local_attention(
@@ -68,8 +56,8 @@ def local_attention(
     for name, value in (("key_start", key_start), ("lengths", lengths)):
         if value is not None:
             _check_row_integers("local_attention", name, value, q.shape[0])
-    arguments = (q, k, v, scale, window, softcap, key_start, lengths)
-    out: mx.array = _LOCAL_ATTENTION(backend, *arguments)
+    arguments = (q, k, v, scale, int(window), softcap, key_start, lengths)
+    out: mx.array = LOCAL_ATTENTION(backend, *arguments)
     return out
 
 
@@ -117,8 +105,8 @@ def local_attention_decode(
             f"[local_attention_decode] expected rings of {window} slots, got {k_ring.shape[2]}."
         )
     _check_row_integers("local_attention_decode", "position", position, q.shape[0])
-    arguments = (q, k_ring, v_ring, position, scale, window, softcap)
-    out: mx.array = _LOCAL_ATTENTION_DECODE(backend, *arguments)
+    arguments = (q, k_ring, v_ring, position, scale, int(window), softcap)
+    out: mx.array = LOCAL_ATTENTION_DECODE(backend, *arguments)
     return out
 
 

@@ -1,13 +1,14 @@
 """How the kernel of the norm is launched: grid, variant, gradient, self-check case."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
 
 from metal import build, reference
-from metal.dispatch import Unsupported
+from metal.dispatch import Op, Unsupported
 from metal.sample import wave
 
 LANES = 32  # of a simdgroup; a threadgroup is whole ones
@@ -34,17 +35,18 @@ def rms_norm_1p_variant(x: mx.array, weight: mx.array, eps: float) -> Variant:
 def rms_norm_1p(variant: Variant, x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """`metal.rms_norm_1p` by the kernel; its gradient is the reference's."""
 
-    def forward(x: mx.array, weight: mx.array) -> mx.array:
-        return _launch(variant, x, weight, eps)
-
-    def through_reference(x: mx.array, weight: mx.array) -> list[mx.array]:
-        return [reference.rms_norm_1p(x, weight, eps)]
-
-    def backward(primals: Sequence[mx.array], cotangent: Any) -> list[mx.array]:
-        return mx.vjp(through_reference, list(primals), [cotangent])[1]
-
-    y: mx.array = build.differentiable(forward, backward, (x, weight))
+    y: mx.array = _function(variant, eps)(x, weight)
     return y
+
+
+@cache
+def _function(variant: Variant, eps: float) -> Callable[..., Any]:
+    def by_reference(x: mx.array, weight: mx.array) -> mx.array:
+        return reference.rms_norm_1p(x, weight, eps)
+
+    return build.differentiable(
+        partial(_launch, variant, eps), partial(build.gradients_of, by_reference)
+    )
 
 
 def rms_norm_1p_sample(variant: Variant) -> tuple[Any, ...]:
@@ -53,7 +55,7 @@ def rms_norm_1p_sample(variant: Variant) -> tuple[Any, ...]:
     return wave((2, D), variant.dtype), wave((D,), variant.weight, 3), eps
 
 
-def _launch(variant: Variant, x: mx.array, weight: mx.array, eps: float) -> mx.array:
+def _launch(variant: Variant, eps: float, x: mx.array, weight: mx.array) -> mx.array:
     D = x.shape[-1]
     threads = min(THREADS, -(-D // LANES) * LANES)
     kernel = build.kernel("rms_norm_1p", ("x", "weight", "eps"), ("y",))
@@ -66,3 +68,8 @@ def _launch(variant: Variant, x: mx.array, weight: mx.array, eps: float) -> mx.a
         output_dtypes=[variant.dtype],
     )
     return outputs[0]
+
+
+RMS_NORM_1P = Op(
+    "rms_norm_1p", reference.rms_norm_1p, rms_norm_1p, rms_norm_1p_variant, rms_norm_1p_sample
+)

@@ -175,13 +175,14 @@ def causal_conv1d(
         tail = padded[:, T:]
         inside = None if segment is None else segment[:, T:] == segment[:, -1:]
     else:
-        index = lengths.astype(mx.int32)[:, None] + mx.arange(K - 1)  # [B, K-1]
+        ends = mx.clip(lengths.astype(mx.int32), 0, T)
+        index = ends[:, None] + mx.arange(K - 1)  # [B, K-1]
         tail = mx.take_along_axis(padded, index[..., None], axis=1)
         inside = None
         if segment is not None:
             # One more gather for the segment the next token continues: that of the last valid one.
-            ends = mx.take_along_axis(segment, index[:, :1] + (K - 2), axis=1)
-            inside = mx.take_along_axis(segment, index, axis=1) == ends
+            last = mx.take_along_axis(segment, index[:, :1] + (K - 2), axis=1)
+            inside = mx.take_along_axis(segment, index, axis=1) == last
     if inside is not None:
         tail = mx.where(inside[..., None], tail, mx.zeros_like(tail))
     return y.astype(u.dtype), tail
@@ -246,7 +247,7 @@ def local_attention_decode(
 ) -> mx.array:
     """See `metal.local_attention_decode`."""
     slots = mx.arange(window)
-    here = position[:, None]
+    here = position.astype(mx.int32)[:, None]
     # The query's own slot is always visible, so that a padding row (position < 0) stays finite.
     visible = (slots <= here) | (slots == here % window)  # [B, W]
     return _attention(q, k_ring, v_ring, scale, softcap, visible[:, None, None, :])

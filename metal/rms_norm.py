@@ -2,15 +2,9 @@
 
 import mlx.core as mx
 
-from metal import norm_kernel, reference
 from metal.arguments import FLOATS
-from metal.dispatch import Backend, Op
-
-_RMS_NORM_1P = Op(
-    "rms_norm_1p",
-    *(reference.rms_norm_1p, norm_kernel.rms_norm_1p),
-    *(norm_kernel.rms_norm_1p_variant, norm_kernel.rms_norm_1p_sample),
-)
+from metal.dispatch import Backend
+from metal.norm_kernel import RMS_NORM_1P
 
 
 def rms_norm_1p(
@@ -44,5 +38,5 @@ def rms_norm_1p(
             f"[rms_norm_1p] expected weight {x.shape[-1:]} floating, "
             f"got {weight.shape} of {weight.dtype}."
         )
-    y: mx.array = _RMS_NORM_1P(backend, x, weight, eps)
+    y: mx.array = RMS_NORM_1P(backend, x, weight, eps)
     return y

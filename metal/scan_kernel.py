@@ -1,21 +1,22 @@
 """How the kernels of the recurrence are launched: grids, variants, gradients, self-check cases."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
 
 from metal import build, reference
-from metal.dispatch import Unsupported
+from metal.dispatch import Op, Unsupported
 from metal.sample import wave
 
 LANES = 32  # channels a threadgroup owns: threads of a simdgroup read neighbours
 TOKENS = 8  # consecutive tokens of one thread
+STEP_THREADS = 256  # of a threadgroup of the one-token kernel, at most
 PARTS = 8  # threads that share a column of the block-diagonal products
 
-# A grid beyond this many threads in one direction, or this many elements in an array, is refused:
-# the kernels count tokens and channels in 32 bits.
+# The kernels count tokens and channels in 32 bits.
 _MOST = 1 << 31
 
 _STATE = ("h0", "lengths", "reset")
@@ -31,6 +32,10 @@ class Variant:
     has_h0: bool
     has_lengths: bool
     has_reset: bool
+    has_few_rows: bool
+    """Fewer than 8, where there are lengths or resets; see build.FEW_ELEMENTS."""
+    has_few_tokens: bool
+    """As above, of all rows together."""
     recurrent_param: mx.Dtype | None = None
 
 
@@ -79,14 +84,8 @@ def linear_scan(
     reset: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     """`metal.linear_scan` by the kernel; its gradient is a scan from the end by the same kernel."""
-
-    def forward(x: mx.array, a: mx.array, h0: mx.array | None = None) -> Any:
-        return tuple(_launch("linear_scan", variant, {"x": x, "a": a}, h0, lengths, reset))
-
-    def backward(primals: Sequence[mx.array], cotangents: Any) -> list[mx.array]:
-        return _scan_vjp(primals, cotangents, lengths, reset)
-
-    return _result(build.differentiable(forward, backward, _given(x, a, h0)))
+    y, h_last = _linear_scan(variant)(x, a, h0, lengths, reset)
+    return y, h_last
 
 
 def rg_lru(
@@ -100,46 +99,9 @@ def rg_lru(
     reset: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     """`metal.rg_lru` by the kernel; its gradient goes through the gates and the scan's."""
-
-    def forward(
-        x: mx.array,
-        input_gate: mx.array,
-        recurrent_gate: mx.array,
-        recurrent_param: mx.array,
-        h0: mx.array | None = None,
-    ) -> Any:
-        arrays = {
-            "x": x,
-            "input_gate": input_gate,
-            "recurrent_gate": recurrent_gate,
-            "recurrent_param": recurrent_param,
-        }
-        if variant.segments == 0:
-            return tuple(_launch_step("rg_lru_step", variant, arrays, h0, lengths, reset))
-        bias = build.absent(mx.float32)
-        arrays |= {"input_bias": bias, "recurrent_bias": bias}
-        block = [("BLOCK", 0)]
-        return tuple(_launch("rg_lru", variant, arrays, h0, lengths, reset, block))
-
-    def through_scan(
-        x: mx.array,
-        input_gate: mx.array,
-        recurrent_gate: mx.array,
-        recurrent_param: mx.array,
-        h0: mx.array | None = None,
-    ) -> Any:
-        gates = (x, input_gate, recurrent_gate, recurrent_param)
-        gated, a = reference.rg_lru_gates(*gates, reset)
-        y, h_last = linear_scan(
-            scan_variant(gated, a, h0, lengths, None), gated, a, h0, lengths, None
-        )
-        return y.astype(x.dtype), h_last
-
-    def backward(primals: Sequence[mx.array], cotangents: Any) -> list[mx.array]:
-        return mx.vjp(through_scan, list(primals), list(cotangents))[1]
-
-    arrays = _given(x, input_gate, recurrent_gate, recurrent_param, h0)
-    return _result(build.differentiable(forward, backward, arrays))
+    gates = (input_gate, recurrent_gate, recurrent_param)
+    y, h_last = _rg_lru(variant)(x, *gates, h0, lengths, reset)
+    return y, h_last
 
 
 def block_rg_lru(
@@ -155,7 +117,59 @@ def block_rg_lru(
     reset: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     """`metal.block_rg_lru`: at one token in one kernel, else MLX's products and the rest in one."""
+    gates = (input_weight, input_bias, recurrent_weight, recurrent_bias, recurrent_param)
+    y, h_last = _block_rg_lru(variant)(x, *gates, h0, lengths, reset)
+    return y, h_last
 
+
+@cache
+def _linear_scan(variant: Variant) -> Callable[..., Any]:
+    def forward(x: mx.array, a: mx.array, *state: mx.array | None) -> Any:
+        return _launch("linear_scan", variant, {"x": x, "a": a}, state)
+
+    return build.differentiable(forward, _scan_vjp)
+
+
+@cache
+def _rg_lru(variant: Variant) -> Callable[..., Any]:
+    def forward(
+        x: mx.array,
+        input_gate: mx.array,
+        recurrent_gate: mx.array,
+        recurrent_param: mx.array,
+        *state: mx.array | None,
+    ) -> Any:
+        arrays = {
+            "x": x,
+            "input_gate": input_gate,
+            "recurrent_gate": recurrent_gate,
+            "recurrent_param": recurrent_param,
+        }
+        if variant.segments == 0:
+            return _launch_step("rg_lru_step", variant, arrays, state)
+        no_bias = build.optional(None, mx.float32)
+        arrays |= {"input_bias": no_bias, "recurrent_bias": no_bias}
+        return _launch("rg_lru", variant, arrays, state, [("IS_BLOCK", False)])
+
+    def through_scan(
+        x: mx.array,
+        input_gate: mx.array,
+        recurrent_gate: mx.array,
+        recurrent_param: mx.array,
+        h0: mx.array | None,
+        lengths: mx.array | None,
+        reset: mx.array | None,
+    ) -> Any:
+        gates = (x, input_gate, recurrent_gate, recurrent_param)
+        gated, a = reference.rg_lru_gates(*gates, reset)
+        y, h_last = LINEAR_SCAN("auto", gated, a, h0, lengths, None)
+        return y.astype(x.dtype), h_last
+
+    return build.differentiable(forward, partial(build.gradients_of, through_scan))
+
+
+@cache
+def _block_rg_lru(variant: Variant) -> Callable[..., Any]:
     def forward(
         x: mx.array,
         input_weight: mx.array,
@@ -163,7 +177,7 @@ def block_rg_lru(
         recurrent_weight: mx.array,
         recurrent_bias: mx.array,
         recurrent_param: mx.array,
-        h0: mx.array | None = None,
+        *state: mx.array | None,
     ) -> Any:
         arrays = {
             "x": x,
@@ -173,14 +187,13 @@ def block_rg_lru(
         }
         if variant.segments == 0:
             arrays |= {"input_weight": input_weight, "recurrent_weight": recurrent_weight}
-            return tuple(_launch_block_step(variant, arrays, h0, lengths, reset))
+            return _launch_block_step(variant, arrays, state)
         blocks = reference.gate_blocks(x, input_weight.shape[0])
         arrays |= {
             "input_gate": blocks @ input_weight,
             "recurrent_gate": blocks @ recurrent_weight,
         }
-        block = [("BLOCK", input_weight.shape[1])]
-        return tuple(_launch("rg_lru", variant, arrays, h0, lengths, reset, block))
+        return _launch("rg_lru", variant, arrays, state, [("IS_BLOCK", True)])
 
     def through_gates(
         x: mx.array,
@@ -189,22 +202,15 @@ def block_rg_lru(
         recurrent_weight: mx.array,
         recurrent_bias: mx.array,
         recurrent_param: mx.array,
-        h0: mx.array | None = None,
+        *state: mx.array | None,
     ) -> Any:
-        arguments = (
-            x,
+        gates = (
             reference.block_gate(x, input_weight, input_bias),
             reference.block_gate(x, recurrent_weight, recurrent_bias),
-            recurrent_param,
-            *(h0, lengths, reset),
         )
-        return rg_lru(rg_lru_variant(*arguments), *arguments)
+        return RG_LRU("auto", x, *gates, recurrent_param, *state)
 
-    def backward(primals: Sequence[mx.array], cotangents: Any) -> list[mx.array]:
-        return mx.vjp(through_gates, list(primals), list(cotangents))[1]
-
-    gates = (input_weight, input_bias, recurrent_weight, recurrent_bias, recurrent_param)
-    return _result(build.differentiable(forward, backward, _given(x, *gates, h0)))
+    return build.differentiable(forward, partial(build.gradients_of, through_gates))
 
 
 def scan_sample(variant: Variant) -> tuple[Any, ...]:
@@ -241,10 +247,13 @@ def _variant(
     B, T, E = x.shape
     if x.size == 0 or x.size >= _MOST:
         raise Unsupported(f"[{op}] the Metal kernel takes 1 to 2^31 - 1 elements, got {x.shape}.")
+    has_rows = lengths is not None or reset is not None
     given = (h0 is not None, lengths is not None, reset is not None)
+    few = (has_rows and B < build.FEW_ELEMENTS, has_rows and B * T < build.FEW_ELEMENTS)
     if recurrent_param is None:
-        return Variant(x.dtype, _segments(B, T, E), *given)
-    return Variant(x.dtype, 0 if T == 1 else _segments(B, T, E), *given, recurrent_param.dtype)
+        return Variant(x.dtype, _segments(B, T, E), *given, *few)
+    segments = 0 if T == 1 else _segments(B, T, E)
+    return Variant(x.dtype, segments, *given, *few, recurrent_param.dtype)
 
 
 def _segments(B: int, T: int, E: int) -> int:
@@ -255,30 +264,11 @@ def _segments(B: int, T: int, E: int) -> int:
     return 16 if T > 8 * TOKENS and groups < 160 else 8
 
 
-def _given(*arrays: mx.array | None) -> list[mx.array]:
-    return [array for array in arrays if array is not None]
-
-
-def _result(outputs: Any) -> tuple[mx.array, mx.array]:
-    y, h_last = outputs
-    return y, h_last
-
-
-def _state_inputs(
-    h0: mx.array | None, lengths: mx.array | None, reset: mx.array | None
-) -> list[mx.array]:
-    return [
-        build.absent(mx.float32) if h0 is None else h0,
-        build.absent(mx.int32) if lengths is None else lengths.astype(mx.int32),
-        build.absent(mx.bool_) if reset is None else reset,
-    ]
-
-
 def _call(
     name: str,
     variant: Variant,
     arrays: dict[str, mx.array],
-    state: tuple[mx.array | None, mx.array | None, mx.array | None],
+    state: build.Arguments,
     grid: tuple[int, int, int],
     threadgroup: tuple[int, int, int],
     template: Sequence[tuple[str, Any]],
@@ -286,7 +276,10 @@ def _call(
     B, _, E = arrays["x"].shape
     kernel = build.kernel(name, (*arrays, *_STATE), ("y", "h_last"), header="recurrence.h")
     return kernel(
-        inputs=[*arrays.values(), *_state_inputs(*state)],
+        inputs=[
+            *arrays.values(),
+            *map(build.optional, state, (mx.float32, mx.int32, mx.bool_)),
+        ],
         template=[
             ("T", variant.dtype),
             *template,
@@ -305,14 +298,12 @@ def _launch(
     name: str,
     variant: Variant,
     arrays: dict[str, mx.array],
-    h0: mx.array | None,
-    lengths: mx.array | None,
-    reset: mx.array | None,
+    state: build.Arguments,
     template: Sequence[tuple[str, Any]] = (),
 ) -> list[mx.array]:
     B, _, E = arrays["x"].shape
     return _call(
-        *(name, variant, arrays, (h0, lengths, reset)),
+        *(name, variant, arrays, state),
         grid=(-(-E // LANES) * LANES, variant.segments, B),
         threadgroup=(LANES, variant.segments, 1),
         template=[("SEG", variant.segments), ("L", TOKENS), *template],
@@ -323,15 +314,13 @@ def _launch_step(
     name: str,
     variant: Variant,
     arrays: dict[str, mx.array],
-    h0: mx.array | None,
-    lengths: mx.array | None,
-    reset: mx.array | None,
+    state: build.Arguments,
 ) -> list[mx.array]:
     B, _, E = arrays["x"].shape
     return _call(
-        *(name, variant, arrays, (h0, lengths, reset)),
+        *(name, variant, arrays, state),
         grid=(E, B, 1),
-        threadgroup=(min(256, E), 1, 1),
+        threadgroup=(min(STEP_THREADS, E), 1, 1),
         template=[],
     )
 
@@ -339,29 +328,22 @@ def _launch_step(
 def _launch_block_step(
     variant: Variant,
     arrays: dict[str, mx.array],
-    h0: mx.array | None,
-    lengths: mx.array | None,
-    reset: mx.array | None,
+    state: build.Arguments,
 ) -> list[mx.array]:
     B = arrays["x"].shape[0]
     heads, block, _ = arrays["input_weight"].shape
     return _call(
-        *("block_rg_lru_step", variant, arrays, (h0, lengths, reset)),
+        *("block_rg_lru_step", variant, arrays, state),
         grid=(-(-block // LANES) * LANES, PARTS, B * heads),
         threadgroup=(LANES, PARTS, 1),
         template=[("ROWS", PARTS)],
     )
 
 
-def _scan_vjp(
-    primals: Sequence[mx.array],
-    cotangents: Sequence[mx.array],
-    lengths: mx.array | None,
-    reset: mx.array | None,
-) -> list[mx.array]:
+def _scan_vjp(arguments: build.Arguments, cotangents: list[mx.array]) -> build.Arguments:
     """With g the cotangent of h: g[t] = dy[t] + a[t+1] g[t+1], dx = g, da[t] = g[t] h[t-1]."""
-    x, a, *rest = primals
-    h0 = rest[0] if rest else None
+    x, a, h0, lengths, reset = arguments
+    assert x is not None and a is not None
     B, T, E = x.shape
     dy, dh_last = (cotangent.astype(mx.float32) for cotangent in cotangents)
     decay = a.astype(mx.float32)
@@ -374,27 +356,34 @@ def _scan_vjp(
     decay = mx.where(valid, decay, 1.0)
     dy = mx.where(valid, dy, 0.0)
     following = mx.concatenate([decay[:, 1:], mx.ones((B, 1, E))], axis=1)
-    arguments = (dy[:, ::-1], following[:, ::-1], dh_last, None, None)
-    backwards, _ = linear_scan(scan_variant(*arguments), *arguments)
+    reverse = (dy[:, ::-1], following[:, ::-1], dh_last, None, None)
+    backwards, _ = LINEAR_SCAN("auto", *reverse)
     g = backwards[:, ::-1]
 
     state = mx.zeros((B, E)) if h0 is None else h0
-    wide = (x.astype(mx.float32), a.astype(mx.float32), h0, lengths, reset)
-    h, _ = linear_scan(scan_variant(*wide), *wide)
+    wide = (x.astype(mx.float32), a.astype(mx.float32))
+    h, _ = LINEAR_SCAN("auto", *wide, h0, lengths, reset)
     before = mx.concatenate([state[:, None], h[:, :-1]], axis=1)
     can_decay = valid if reset is None else valid & ~reset[..., None]
-    gradients = [
+    return (
         mx.where(valid, g, 0.0).astype(x.dtype),
         mx.where(can_decay, g * before, 0.0).astype(a.dtype),
-    ]
-    if h0 is not None:
-        gradients.append(decay[:, 0] * g[:, 0])
-    return gradients
+        None if h0 is None else decay[:, 0] * g[:, 0],
+        *(None, None),
+    )
 
 
 def _sample_input(variant: Variant) -> mx.array:
-    T = 1 if variant.segments == 0 else variant.segments * TOKENS + 3
-    return wave((3, T, 40), variant.dtype, 1)
+    """As small as shows every thread, tile and address space of the variant."""
+    has_many_rows = (variant.has_lengths or variant.has_reset) and not variant.has_few_rows
+    rows = build.FEW_ELEMENTS + 1 if has_many_rows else 3
+    if variant.segments == 0:
+        tokens = 1
+    elif variant.has_few_tokens:
+        rows, tokens = 1, build.FEW_ELEMENTS - 1
+    else:
+        tokens = variant.segments * TOKENS + 3
+    return wave((rows, tokens, STEP_THREADS + 40), variant.dtype)
 
 
 def _sample_parameter(variant: Variant, x: mx.array) -> list[mx.array]:
@@ -407,6 +396,14 @@ def _sample_state(variant: Variant, x: mx.array) -> tuple[Any, ...]:
     B, T, E = x.shape
     return (
         wave((B, E), mx.float32, 5) if variant.has_h0 else None,
-        mx.array([T, max(T - 2, 0), T]) if variant.has_lengths else None,
+        T - mx.arange(B) % 3 if variant.has_lengths else None,
         (mx.arange(B * T) % 5 == 2).reshape(B, T) if variant.has_reset else None,
     )
+
+
+LINEAR_SCAN = Op("linear_scan", reference.linear_scan, linear_scan, scan_variant, scan_sample)
+RG_LRU = Op("rg_lru", reference.rg_lru, rg_lru, rg_lru_variant, rg_lru_sample)
+BLOCK_RG_LRU = Op(
+    "block_rg_lru",
+    *(reference.block_rg_lru, block_rg_lru, block_rg_lru_variant, block_rg_lru_sample),
+)

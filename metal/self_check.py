@@ -11,11 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from metal.causal_conv1d import _CAUSAL_CONV1D
+from metal.attention_kernel import LOCAL_ATTENTION, LOCAL_ATTENTION_DECODE
+from metal.conv_kernel import CAUSAL_CONV1D
 from metal.dispatch import Op, Unsupported
-from metal.linear_scan import _BLOCK_RG_LRU, _LINEAR_SCAN, _RG_LRU
-from metal.local_attention import _LOCAL_ATTENTION, _LOCAL_ATTENTION_DECODE
-from metal.rms_norm import _RMS_NORM_1P
+from metal.norm_kernel import RMS_NORM_1P
+from metal.scan_kernel import BLOCK_RG_LRU, LINEAR_SCAN, RG_LRU
 
 Arguments = tuple[Any, ...]
 
@@ -170,18 +170,18 @@ _MASKS = ((), ("key_start",), ("key_start", "lengths"))
 _CAPPED = tuple(("softcap", *masks) for masks in _MASKS)
 
 CASES = (
-    Case(_LINEAR_SCAN, "512 tokens", _linear_scan, "B T", _PROMPTS, _RECURRENT),
-    Case(_RG_LRU, "512 tokens", _rg_lru, "B T", _PROMPTS, _GATED),
-    Case(_RG_LRU, "1 token", _rg_lru, "B T", _STEP, _GATED),
-    Case(_BLOCK_RG_LRU, "512 tokens", _block_rg_lru, "B T", _PROMPTS, _GATED),
-    Case(_BLOCK_RG_LRU, "1 token", _block_rg_lru, "B T", _STEP, _GATED),
-    Case(_CAUSAL_CONV1D, "512 tokens", _causal_conv1d, "B T", ((1, 512),), _CONV),
-    Case(_CAUSAL_CONV1D, "1 token", _causal_conv1d, "B T", _STEP, _CONV),
-    Case(_RMS_NORM_1P, "512 tokens", _rms_norm_1p, "B T", ((1, 512),), _NORM),
-    Case(_RMS_NORM_1P, "1 token", _rms_norm_1p, "B T", _STEP, _NORM),
+    Case(LINEAR_SCAN, "512 tokens", _linear_scan, "B T", _PROMPTS, _RECURRENT),
+    Case(RG_LRU, "512 tokens", _rg_lru, "B T", _PROMPTS, _GATED),
+    Case(RG_LRU, "1 token", _rg_lru, "B T", _STEP, _GATED),
+    Case(BLOCK_RG_LRU, "512 tokens", _block_rg_lru, "B T", _PROMPTS, _GATED),
+    Case(BLOCK_RG_LRU, "1 token", _block_rg_lru, "B T", _STEP, _GATED),
+    Case(CAUSAL_CONV1D, "512 tokens", _causal_conv1d, "B T", ((1, 512),), _CONV),
+    Case(CAUSAL_CONV1D, "1 token", _causal_conv1d, "B T", _STEP, _CONV),
+    Case(RMS_NORM_1P, "512 tokens", _rms_norm_1p, "B T", ((1, 512),), _NORM),
+    Case(RMS_NORM_1P, "1 token", _rms_norm_1p, "B T", _STEP, _NORM),
     *(
         Case(
-            _LOCAL_ATTENTION,
+            LOCAL_ATTENTION,
             f"512 tokens{capped}",
             _local_attention,
             "H Hkv D T S",
@@ -192,7 +192,7 @@ CASES = (
     ),
     *(
         Case(
-            _LOCAL_ATTENTION_DECODE,
+            LOCAL_ATTENTION_DECODE,
             f"1 token{capped}",
             _local_attention_decode,
             "H Hkv D W",

@@ -35,7 +35,7 @@ def report(first: int = 0) -> Iterator[dict[str, object]]:
     # As the engine holds weights: on a CPU 16-bit products are slow.
     name = "bfloat16" if has_kernels else "float32"
     yield {
-        "device": "Apple GPU" if mx.default_device().type == mx.DeviceType.gpu else "CPU",
+        "device": "Apple GPU" if has_kernels else mx.default_device().type.name.upper(),
         "device_name": mx.device_info()["device_name"],
         "dtype": name,
         "has_kernels": has_kernels,

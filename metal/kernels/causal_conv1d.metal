@@ -14,7 +14,7 @@ const uint b = thread_position_in_grid.z;
 const int lane = int(thread_index_in_simdgroup);
 const int tokens = u_shape[1];
 const uint width = u_shape[2];
-const int length = HAS_LENGTHS ? int(lengths[b]) : tokens;
+const int length = HAS_LENGTHS ? metal::clamp(int(lengths[b]), 0, tokens) : tokens;
 const size_t row = size_t(b) * tokens;
 const size_t past = size_t(b) * (K - 1);
 

@@ -13,7 +13,7 @@ const uint b = thread_position_in_grid.z;
 const int tokens = x_shape[1];
 const uint width = x_shape[2];
 const bool inside = e < width;
-const int length = HAS_LENGTHS ? int(lengths[b]) : tokens;
+const int length = HAS_LENGTHS ? metal::clamp(int(lengths[b]), 0, tokens) : tokens;
 const size_t row = size_t(b) * tokens;
 
 float carry = 0.0f;

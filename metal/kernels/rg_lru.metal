@@ -1,7 +1,7 @@
 // The RG-LRU along the tokens: gates, decay, multiplier and recurrence, with a float32 state.
 //
-// x, y [B, T, E]; input_gate, recurrent_gate: pre-activations, [B, T, E], or, if BLOCK is not 0, as
-// the block-diagonal products leave them, [B, E / BLOCK, T, BLOCK], to which input_bias and
+// x, y [B, T, E]; input_gate, recurrent_gate: pre-activations, [B, T, E], or, if IS_BLOCK, as the
+// block-diagonal products leave them, [B, heads, T, E / heads], to which input_bias and
 // recurrent_bias [E] are added; recurrent_param [E]; h0, h_last [B, E] float; lengths [B] int;
 // reset [B, T] bool.
 // Grid (E rounded up to 32, SEG, B), threadgroup (32, SEG, 1): see scan_tile. Everything is read
@@ -16,7 +16,7 @@ const uint b = thread_position_in_grid.z;
 const int tokens = x_shape[1];
 const uint width = x_shape[2];
 const bool inside = e < width;
-const int length = HAS_LENGTHS ? int(lengths[b]) : tokens;
+const int length = HAS_LENGTHS ? metal::clamp(int(lengths[b]), 0, tokens) : tokens;
 const size_t row = size_t(b) * tokens;
 
 // Where the gates of token t are: gates + t * gate_stride.
@@ -31,8 +31,8 @@ if (inside) {
     carry = h0[size_t(b) * width + e];
   }
   decay_rate = 8.0f * softplus(static_cast<float>(recurrent_param[e]));
-  if (BLOCK != 0) {
-    const uint block = BLOCK == 0 ? 1 : BLOCK;
+  if (IS_BLOCK) {
+    const uint block = input_gate_shape[3];
     gates = ((size_t(b) * (width / block) + e / block) * tokens) * block + e % block;
     gate_stride = block;
     input_offset = static_cast<float>(input_bias[e]);

@@ -19,7 +19,7 @@ from metal import (
     local_attention_decode,
     reference,
 )
-from metal.local_attention import _LOCAL_ATTENTION, _LOCAL_ATTENTION_DECODE
+from metal.attention_kernel import LOCAL_ATTENTION, LOCAL_ATTENTION_DECODE
 
 from .. import metal_host
 from ..tolerance import assert_close
@@ -449,19 +449,54 @@ def test_nothing_but_what_the_text_says_makes_another_kernel() -> None:
     assert len(tiles) == len(steps) == 1
 
 
+def row_views(values: list[int]) -> dict[str, mx.array]:
+    every_second = mx.array([v for value in values for v in (value, 99)])[::2]
+    return {
+        "every second": every_second,
+        "one for all": mx.broadcast_to(mx.array(values[:1]), (len(values),)),
+        "backwards": mx.array(values[::-1])[::-1],
+    }
+
+
+@pytest.mark.parametrize("T", [2, 12])
+@pytest.mark.parametrize("how", row_views([0]))
+def test_what_is_said_of_rows_may_lie_in_memory_as_it_likes(how: str, T: int) -> None:
+    q, k, v = inputs(3, GQA, T, 20, 32)
+    key_start, lengths = row_views([5, 9, 16])[how], row_views([T, T - 1, T])[how]
+    position = row_views([3, 25, 40])[how]
+    plain: dict[str, Any] = {"scale": 0.2, "backend": "reference"}
+    with metal_host.install(schedules=("forward",)):
+        got = local_attention(
+            *(q, k, v),
+            **plain | {"backend": "metal", "window": 7},
+            key_start=key_start,
+            lengths=lengths,
+        )
+        step = local_attention_decode(
+            *(q[:, :, :1], k, v), position=position, **plain | {"backend": "metal", "window": 20}
+        )
+    want = local_attention(q, k, v, window=7, key_start=key_start, **plain)
+    for b, n in enumerate(np.array(lengths)):
+        assert_close(f"row {b}", got[b, :, :n], want[b, :, :n])
+    one = local_attention_decode(q[:, :, :1], k, v, position=position, window=20, **plain)
+    assert_close("step", step, one)
+
+
 @pytest.mark.parametrize(("D", "dtype"), [(64, F16), (256, BF16)])
 def test_every_variant_passes_its_self_check(D: int, dtype: mx.Dtype) -> None:
     yes = (True, True)
-    tiles = [attention_kernel.TileVariant(dtype, D, True, *yes)]
+    tiles = [attention_kernel.TileVariant(dtype, D, *yes, *yes)]
+    tiles += [replace(tiles[0], has_few_rows=False)]
     tiles += [replace(tiles[0], has_softcap=False, has_key_start=False, has_lengths=False)]
-    steps = [attention_kernel.DecodeVariant(dtype, D, 2, *yes, *yes)]
+    steps = [attention_kernel.DecodeVariant(dtype, D, 2, *yes, *yes, True)]
+    steps += [replace(steps[0], has_few_rows=False)]
     steps += [replace(steps[0], is_split=False, has_softcap=False, has_key_start=False)]
     with metal_host.install(check=False):
         for variant in (*tiles, *(replace(step, is_ring=False) for step in steps)):
-            assert _LOCAL_ATTENTION.check(variant) is None
+            assert LOCAL_ATTENTION.check(variant) is None
         for step in steps:
             ring = replace(step, has_key_start=False)
-            assert _LOCAL_ATTENTION_DECODE.check(ring) is None
+            assert LOCAL_ATTENTION_DECODE.check(ring) is None
 
 
 @pytest.mark.parametrize(("T", "S"), [(1, 200), (30, 30)])

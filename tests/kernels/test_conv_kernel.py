@@ -328,3 +328,16 @@ def test_nothing_but_dtypes_the_width_and_what_is_there_makes_another_kernel() -
     assert len(variants) == 2
     other = conv_kernel.causal_conv1d_variant(u, w.astype(F16), bias, state, None, None)
     assert other not in variants
+
+
+@pytest.mark.parametrize("backend", ["metal", "reference"])
+@pytest.mark.parametrize("T", [1, 5, 30])
+def test_lengths_beyond_the_tokens_are_all_of_them_or_none(T: int, backend: Any) -> None:
+    u, state = mx.random.normal((2, T, 20)), mx.random.normal((2, 3, 20))
+    weight, bias = mx.random.normal((20, 4)), mx.zeros((20,))
+    tails = []
+    with metal_host.install(schedules=("forward",)):
+        for lengths in ([T + 4, -4], [T, 0]):
+            rows = mx.array(lengths)
+            tails.append(causal_conv1d(u, weight, bias, state, lengths=rows, backend=backend)[1])
+    assert mx.array_equal(*tails)

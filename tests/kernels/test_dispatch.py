@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,7 +199,7 @@ SABOTAGES = {
     ),
     "another shape": (
         launched(lambda outputs: [outputs[0][:, :-1], outputs[1]]),
-        r"expected \(3, 67, 40\).*, got \(3, 66, 40\)",
+        r"expected \(3, 67, 296\).*, got \(3, 66, 296\)",
     ),
     "too few outputs": (launched(lambda outputs: outputs[:1]), "ValueError"),
     "refused launch": (launched(refuse), "RuntimeError.*Unable to load function"),
@@ -298,7 +300,7 @@ def test_a_check_moves_nobody_s_seed(apple_gpu: None, inputs: list[mx.array]) ->
 
 
 # When an op is first met inside a transformation. The host runs kernels on values only, so where
-# MLX traces with placeholders (compile, vmap) the kernel is plain MLX; the check is what it is.
+# MLX traces with placeholders the kernel is plain MLX; the check is what it is.
 
 
 @pytest.fixture
@@ -311,7 +313,7 @@ def plain_kernel(apple_gpu: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append(variant)
         return reference.rg_lru(*arguments)
 
-    monkeypatch.setattr(module, "_RG_LRU", dataclasses.replace(module._RG_LRU, kernel=kernel))
+    monkeypatch.setattr(module, "RG_LRU", dataclasses.replace(module.RG_LRU, kernel=kernel))
     return calls
 
 
@@ -322,15 +324,6 @@ def test_an_op_first_met_in_a_compiled_function_is_checked_there(
     for _ in range(2):
         assert_close("y", compiled(*inputs)[0], metal.rg_lru(*inputs, backend="reference")[0])
     assert len(plain_kernel) == 2 and metal.faults() == {}  # the check and the trace
-
-
-def test_an_op_first_met_under_vmap_is_checked_there(
-    plain_kernel: list[Any], inputs: list[mx.array]
-) -> None:
-    stacked = [mx.stack([v, -v]) for v in inputs]
-    y, _ = mx.vmap(lambda *arrays: metal.rg_lru(*arrays))(*stacked)
-    assert_close("y", y[0], metal.rg_lru(*inputs, backend="reference")[0])
-    assert len(plain_kernel) == 2 and metal.faults() == {}
 
 
 def test_an_op_first_met_in_a_gradient_is_checked_there(
@@ -344,10 +337,74 @@ def test_an_op_first_met_in_a_gradient_is_checked_there(
     with metal_host.install(check=False) as host:
         got = mx.grad(loss, argnums=every)("auto", *inputs)
     assert names(host)[:2] == ["rg_lru"] * 2 and metal.faults() == {}
-    assert "linear_scan" in names(host)  # the gradient's own kernel
+    # The gradient's own kernel, in two variants, each checked before it is used.
+    assert Counter(names(host)) == {"rg_lru": 2, "linear_scan": 5}
     want = mx.grad(loss, argnums=every)("reference", *inputs)
     for g, w in zip(got, want, strict=True):
         assert_close("gradient", g, w)
+
+
+@pytest.mark.parametrize(
+    ("broken", "file", "value", "T"),
+    [
+        ("linear_scan", "linear_scan.metal", "static_cast<T>(h[i])", 12),
+        ("rg_lru", "rg_lru_step.metal", "step.a * h + step.x", 1),
+    ],
+)
+def test_a_wrong_kernel_is_not_used_for_another_op_s_gradient_either(
+    broken: str,
+    file: str,
+    value: str,
+    T: int,
+    apple_gpu: None,
+    inputs: list[mx.array],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    x, param = inputs[0][:, :T], inputs[3]
+    heads, D = 2, x.shape[2] // 2
+    gates = [mx.random.normal(shape) * 0.2 for shape in ((heads, D, D), (heads, D)) * 2]
+    edited(file, value, f"-({value})")(monkeypatch, tmp_path)
+
+    def loss(backend: metal.Backend, x: mx.array) -> mx.array:
+        return metal.block_rg_lru(x, *gates, param, backend=backend)[0].sum()
+
+    with metal_host.install(check=False):
+        got = mx.grad(loss, argnums=1)("auto", x)
+    assert list(metal.faults()) == [broken]
+    assert_close("gradient", got, mx.grad(loss, argnums=1)("reference", x))
+
+
+@pytest.mark.parametrize("B", [1, 3, 8])
+@pytest.mark.parametrize("T", [1, 5, 30])
+def test_the_check_compiles_the_text_and_asks_for_the_threads_that_are_used(
+    B: int, T: int, apple_gpu: None
+) -> None:
+    x = mx.random.normal((B, T, 300))
+    lengths, reset = mx.full((B,), T), mx.arange(B * T).reshape(B, T) == 0
+    weight, state = mx.random.normal((300, 4)), mx.zeros((B, 3, 300))
+    q = mx.random.normal((B, 2, T, 64))
+    rows = {"lengths": lengths, "reset": reset}
+    calls: list[Callable[[], Any]] = [
+        lambda: metal.linear_scan(x, mx.sigmoid(x), **rows),
+        lambda: metal.rg_lru(x, x, x, x[0, 0], **rows),
+        lambda: metal.causal_conv1d(x, weight, x[0, 0], state, **rows),
+        lambda: metal.local_attention(
+            q, q, q, scale=0.1, window=3, key_start=lengths - 1, lengths=lengths
+        ),
+        lambda: metal.local_attention_decode(
+            q[:, :, :1], q, q, position=lengths, scale=0.1, window=T
+        ),
+    ]
+    for call in calls:
+        with metal_host.install(check=False) as host:
+            call()
+        assert not metal.faults()
+        assert len(host.launches) % 2 == 0
+        half = len(host.launches) // 2
+        for check, use in zip(host.launches[:half], host.launches[half:], strict=True):
+            assert check.function == use.function
+            assert math.prod(check.threadgroup) >= math.prod(use.threadgroup), check.name
 
 
 def test_what_fails_only_when_it_is_evaluated_is_caught(

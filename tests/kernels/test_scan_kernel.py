@@ -197,6 +197,17 @@ def test_the_state_stops_at_each_row_s_length(which: int, lengths: list[int]) ->
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["linear_scan", "rg_lru", "block_rg_lru"])
+@pytest.mark.parametrize("T", [1, 30])
+def test_lengths_beyond_the_tokens_are_all_of_them_or_none(which: int, T: int) -> None:
+    op, count = ops(20)[which]
+    x, h0 = sequences(count, 2, T, 20), mx.random.normal((2, 20))
+    with metal_host.install(schedules=("forward",)):
+        _, got = op(*x, h0, lengths=mx.array([T + 4, -4]))
+        _, want = op(*x, h0, lengths=mx.array([T, 0]))
+    assert mx.array_equal(got, want)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["linear_scan", "rg_lru", "block_rg_lru"])
 def test_one_token_of_a_row_without_any_leaves_its_state_alone(which: int) -> None:
     op, count = ops(20)[which]
     h0 = mx.random.normal((2, 20))
