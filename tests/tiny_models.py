@@ -98,6 +98,53 @@ LLAMA: dict[str, Any] = {
     "vocab_size": 259,
 }
 
+# Hybrids of the zoo: Mamba 2 beside attention in every layer, and gated delta layers between layers
+# of attention, with experts.
+FALCON_H1: dict[str, Any] = {
+    "model_type": "falcon_h1",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "mamba_d_conv": 4,
+    "mamba_d_head": 8,
+    "mamba_d_ssm": 32,
+    "mamba_d_state": 8,
+    "mamba_n_heads": 4,
+    "mamba_rms_norm": True,
+    "max_position_embeddings": 512,
+    "vocab_size": 259,
+}
+
+QWEN3_NEXT: dict[str, Any] = {
+    "model_type": "qwen3_next",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "shared_expert_intermediate_size": 32,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "max_position_embeddings": 512,
+    "full_attention_interval": 2,
+    "vocab_size": 259,
+}
+
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
     """One token per byte (ids 0 to 255), then three specials."""

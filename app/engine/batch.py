@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from app.engine.penalties import Penalties
 from app.engine.protocol import (
     Event,
     Failed,
@@ -41,15 +43,24 @@ class Row:
     emit: Emit
     """Sends an event to whoever asked; called on the MLX thread."""
     prompt: list[int] = field(default_factory=list)
+    boundaries: list[int] = field(default_factory=list)
+    """Lengths of prefixes of the prompt that other prompts are likely to begin with."""
     done: bool = False
     announced_wait: bool = False
 
     # Set at admission.
     caches: list[Any] = field(default_factory=list)
+    cached: int = 0
+    """Prompt tokens whose states were computed for an earlier request."""
+    marks: deque[int] = field(default_factory=deque)
+    """Where its prefill stops to have its states kept, ascending."""
     processed: int = 0
+    """Prompt tokens that the states have read before the row joins the batch."""
     max_tokens: int = 0
     launched: int = 0
     """Tokens whose computation has been started."""
+    answer: list[int] = field(default_factory=list)
+    """Tokens read, the one that ended it included."""
     generated: int = 0
     """Tokens read and sent."""
     text: TextStream | None = None
@@ -67,7 +78,12 @@ class Row:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.prompt), self.generated, cached_tokens=0)
+        return Usage(len(self.prompt), self.generated, self.cached)
+
+    @property
+    def fed(self) -> list[int]:
+        """The tokens that its states have read; between two steps all of them are known."""
+        return (self.prompt + self.answer)[: self.processed + self.launched]
 
     def timings(self) -> Timings:
         now = time.monotonic()
@@ -141,7 +157,8 @@ class Batch:
         self.caches: list[Any] = []
         self.inputs = mx.zeros((0,), mx.int32)
         """[B] int32."""
-        self._settings: BatchSampling | None = None
+        self._settings: BatchSampling | None = None  # None: rows have joined or left
+        self._penalties = Penalties()
 
     def join(self, row: Row) -> None:
         """Add a prefilled row; its last prompt token is what it feeds first."""
@@ -159,6 +176,12 @@ class Batch:
         self.inputs = mx.concatenate([self.inputs, token])
         self._settings = None
 
+    def states_of(self, index: int) -> list[Any]:
+        """Layer states of one row; of the only row, those that the next step changes."""
+        if len(self.rows) == 1:
+            return self.caches
+        return [cache.extract(index) for cache in self.caches]
+
     def drop(self, ended: Callable[[Row], bool]) -> None:
         """Remove the rows for which `ended` holds, and their states."""
         keep = [i for i, row in enumerate(self.rows) if not ended(row)]
@@ -166,6 +189,7 @@ class Batch:
             return
         if not keep:
             self.caches = []
+            self._penalties = Penalties()
         elif len(keep) == 1:
             self.caches = [cache.extract(keep[0]) for cache in self.caches]
         else:
@@ -175,17 +199,21 @@ class Batch:
         self.inputs = self.inputs[mx.array(keep, mx.int32)] if keep else self.inputs[:0]
         self._settings = None
 
-    def drop_done(self) -> None:
-        """Remove the rows that have ended."""
-        self.drop(lambda row: row.done)
-
     def launch(self, model: nn.Module) -> Launch:
         """Start one decode step: every row feeds its token and draws its next."""
+        logits = model(self.inputs[:, None], cache=self.caches)[:, -1]
         if self._settings is None:
             self._settings = BatchSampling.of([row.sampling for row in self.rows if row.sampling])
-        logits = model(self.inputs[:, None], cache=self.caches)[:, -1]
-        uniforms = [row.generator.uniform() for row in self.rows if row.generator is not None]
-        launch = Launch(list(self.rows), sample(logits, self._settings, uniforms))
+            self._penalties.follow(self.rows, logits.shape[-1])
+        uniforms, exclude_top = [], []
+        for row in self.rows:
+            assert row.generator is not None and row.sampling is not None
+            uniforms.append(row.generator.uniform())
+            chance = row.sampling.xtc_probability
+            exclude_top.append(chance > 0 and row.generator.coin(chance))
+        changed = self._penalties.apply(logits)
+        launch = Launch(list(self.rows), sample(changed, self._settings, uniforms, exclude_top))
+        self._penalties.count(launch.tokens)
         requests = [row.generation for row in self.rows]
         if any(request.logprobs for request in requests):
             logprobs = logprobs_of(logits)
@@ -202,4 +230,4 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Bytes of the rows' states."""
-        return sum(int(cache.nbytes) for cache in self.caches)
+        return sum(int(cache.nbytes) for cache in self.caches) + self._penalties.nbytes

@@ -15,8 +15,10 @@ import resource
 import signal
 import struct
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 
@@ -36,10 +38,18 @@ class Prompt(msgspec.Struct, frozen=True):
     text: str | None = None
 
 
+class TokenizedPrompt(NamedTuple):
+    """Token ids, and lengths of prefixes of them that other prompts are likely to begin with."""
+
+    tokens: list[int]
+    boundaries: list[int]
+
+
 class Prepared(msgspec.Struct, frozen=True):
     """The answer: token ids as little-endian int32 bytes, or an error's code and message."""
 
     tokens: bytes = b""
+    boundaries: list[int] = []
     error: tuple[str, str] | None = None
 
 
@@ -51,8 +61,8 @@ class Preparer:
         self._process: asyncio.subprocess.Process | None = None
         self._one_at_a_time = asyncio.Lock()
 
-    async def prepare(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt.
+    async def prepare(self, prompt: Prompt) -> TokenizedPrompt:
+        """Token ids of a prompt, at least one.
 
         Raises:
             GryphonError: "template_error", "invalid_model", "prompt_too_slow" (the limit passed),
@@ -82,7 +92,7 @@ class Preparer:
         tokens = array.array("i", answer.tokens).tolist()
         if not tokens:
             raise GryphonError("invalid_request", "The prompt is empty: it holds no token.")
-        return tokens
+        return TokenizedPrompt(tokens, answer.boundaries)
 
     async def close(self) -> None:
         await self._end()
@@ -120,10 +130,11 @@ class Preparer:
 class _Prompts:
     """Process side: tokenizer and template of the model used last."""
 
-    def __init__(self) -> None:
+    def __init__(self, time_limit_s: float) -> None:
+        self._time_limit_s = time_limit_s
         self._path: str | None = None
 
-    def tokens(self, prompt: Prompt) -> list[int]:
+    def tokenized(self, prompt: Prompt) -> TokenizedPrompt:
         from app.engine.template import ChatTemplate, PromptEncoder
         from mlxmodels.tokenizer import Tokenizer, read_chat_template
 
@@ -135,23 +146,64 @@ class _Prompts:
             self._path = prompt.model_path
         if prompt.messages is None:
             assert prompt.text is not None
-            return self._encoder.encode(prompt.text)
+            return TokenizedPrompt(self._encoder.encode(prompt.text), [])
         if self._template is None:  # only now: a broken one must not spoil plain completions
             source = read_chat_template(directory)
             names = self._tokenizer.bos_token, self._tokenizer.eos_token
             self._template = ChatTemplate(source, *names)
-        return self._encoder.encode(self._template.render(prompt.messages))
+        started = time.monotonic()
+        text = self._template.render(prompt.messages)
+        tokens = self._encoder.encode(text)
+        # Boundaries take about that long again for each: they must not be what exceeds the limit.
+        if time.monotonic() - started > self._time_limit_s / 8:
+            return TokenizedPrompt(tokens, [])
+        others = _likely_conversations(prompt.messages)
+        boundaries = {self._boundary(text, tokens, other) for other in others}
+        return TokenizedPrompt(tokens, sorted(boundaries - {0}))
+
+    def _boundary(self, text: str, tokens: list[int], other: list[Message]) -> int:
+        """How many tokens this prompt shares with another conversation's, 0 if that has none."""
+        assert self._template is not None
+        try:
+            rendered = self._template.render(other)
+        except GryphonError:  # the template has its own idea of what may follow what
+            return 0
+        # White space belongs to a token with whatever follows it in the one or the other.
+        shared = text[: shared_length(text, rendered)].rstrip()
+        return shared_length(tokens, self._encoder.encode(shared))
+
+
+def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """Length of the longest common prefix."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _likely_conversations(messages: Sequence[Message]) -> list[list[Message]]:
+    """What this conversation may become: its next turn, and an edit of its last user message.
+
+    Rendered by the model's own template they show what of a prompt stays, where a rule of ours for
+    where messages begin would be wrong for some template.
+    """
+    others = [[*messages, Message("assistant", "0"), Message("user", "0")]]
+    last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
+    if last is not None:
+        content = "1" if messages[last].content.lstrip().startswith("0") else "0"
+        edited = msgspec.structs.replace(messages[last], content=content)
+        others.append([*messages[:last], edited, *messages[last + 1 :]])
+    return others
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO, time_limit_s: float) -> None:
     from mlxmodels.errors import ModelError
 
-    prompts = _Prompts()
+    prompts = _Prompts(time_limit_s)
     while len(head := requests.read(4)) == 4:
         prompt = msgspec.msgpack.decode(requests.read(struct.unpack(">I", head)[0]), type=Prompt)
         signal.setitimer(signal.ITIMER_REAL, time_limit_s)
         try:
-            answer = Prepared(tokens=array.array("i", prompts.tokens(prompt)).tobytes())
+            tokens, boundaries = prompts.tokenized(prompt)
+            answer = Prepared(array.array("i", tokens).tobytes(), boundaries)
         except GryphonError as error:
             answer = Prepared(error=(error.code, error.message))
         except ModelError as error:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 
 from app.errors import GryphonError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -38,25 +39,65 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How the next token is chosen: temperature, then top_k, top_p and min_p on what is left.
+    """How the next token is chosen.
+
+    In this order: logit_bias; repetition_penalty; presence_penalty and frequency_penalty; the ends
+    of sequence that min_tokens and ignore_eos forbid; temperature; top_k; typical_p; top_p; min_p;
+    XTC; then one token is drawn from what is left. Each filter sees what those before it left, made
+    a distribution again; of equally likely tokens top_k and top_p take those of lower id first.
+    This is llama.cpp's order, but temperature comes before the filters, as in transformers and
+    vLLM, for which the settings that models recommend are chosen.
 
     None leaves a setting to the model's own generation_config.json, and where that says nothing to
-    `HOUSE_SAMPLING`. Settings out of range are refused by `check_request`.
+    `HOUSE_SAMPLING`. Settings out of range are refused by `check_request`. Logprobs are those of
+    the model, before all of this.
     """
 
     temperature: float | None = None
-    """0 takes the most likely token; at most 2."""
+    """At most 2. 0 takes the most likely token, after bias and penalties: all the probability is
+    on it then, so that no filter changes anything."""
     top_p: float | None = None
     """Smallest set of tokens whose probability reaches this; 1 is off."""
     top_k: int | None = None
     """Most likely tokens kept; 0 is off."""
     min_p: float | None = None
     """Drops tokens below this fraction of the most likely one's probability; 0 is off."""
+    typical_p: float | None = None
+    """Keeps the tokens whose surprise, -log p, is closest to the expected one, up to this much
+    probability; 1 is off. Source: Locally Typical Sampling, arXiv:2202.00666."""
+    xtc_probability: float | None = None
+    """How often the top choices are excluded, so that answers are less predictable; 0 is off.
+    Source: text-generation-webui, pull request 6335."""
+    xtc_threshold: float | None = None
+    """Of the tokens with at least this probability, XTC leaves only the least likely (all that are
+    equally so). 0 to 0.5: above it there are never two. A step in which that would take the end of
+    the answer or a newline away is left as it is."""
+    repetition_penalty: float | None = None
+    """Divides positive logits and multiplies negative ones of the tokens in the prompt and in the
+    answer so far; 0.1 to 10, 1 is off. Source: CTRL, arXiv:1909.05858, as in transformers."""
+    presence_penalty: float | None = None
+    """Subtracted from the logits of tokens in the answer so far; -2 to 2. Source: OpenAI's API."""
+    frequency_penalty: float | None = None
+    """As presence_penalty, once for each time a token is in the answer so far."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of these token ids: -100 to 100, at most `MAX_LOGIT_BIAS` of them."""
     seed: int | None = None
     """Same seed, prompt and model: same tokens, alone or in a batch. None draws one."""
 
 
-HOUSE_SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0)
+HOUSE_SAMPLING = Sampling(
+    temperature=0.7,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    typical_p=1.0,
+    xtc_probability=0.0,
+    xtc_threshold=0.1,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    logit_bias={},
+)
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
@@ -73,6 +114,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     sampling: Sampling = Sampling()
     max_tokens: int | None = None
     """None: what is left of the context."""
+    min_tokens: int = 0
+    """The answer does not end before it has this many tokens: no end-of-sequence token is drawn,
+    and a stop string that is complete before is text like any other."""
+    ignore_eos: bool = False
+    """No end-of-sequence token is ever drawn; stop strings still end the answer."""
     stop: list[str] = []
     """Generation ends before the first of these strings; none of it reaches the text."""
     logprobs: bool = False
@@ -83,6 +129,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
 
 
 MAX_STOP_STRINGS = 16
+# OpenAI documents no limit; this is more than clients send and cheap to add at every step.
+MAX_LOGIT_BIAS = 1024
 _MAX_INT32 = 2**31 - 1
 MAX_TOP_LOGPROBS = 20
 
@@ -108,6 +156,14 @@ def check_request(request: GenerationRequest) -> None:
             "invalid_request",
             f"max_tokens must be 1 to {_MAX_INT32}, got {request.max_tokens}.",
         )
+    most = _MAX_INT32 if request.max_tokens is None else request.max_tokens
+    if not 0 <= request.min_tokens <= most:
+        raise GryphonError(
+            "invalid_request",
+            f"min_tokens must be 0 to {most}"
+            f"{'' if request.max_tokens is None else ', which is max_tokens'}, "
+            f"got {request.min_tokens}.",
+        )
     if len(request.stop) > MAX_STOP_STRINGS:
         raise GryphonError(
             "invalid_request",
@@ -123,16 +179,31 @@ def check_request(request: GenerationRequest) -> None:
     check_sampling(request.sampling)
 
 
+_RANGES = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
+    "xtc_probability": (0.0, 1.0),
+    "xtc_threshold": (0.0, 0.5),
+    "repetition_penalty": (0.1, 10.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+
+
 def check_sampling(sampling: Sampling) -> None:
     """Refuse settings out of range.
 
     Raises:
         GryphonError: "invalid_sampling", naming the field, its range and what it is.
     """
-    for name, high in (("temperature", 2.0), ("top_p", 1.0), ("min_p", 1.0)):
+    for name, (low, high) in _RANGES.items():
         value = getattr(sampling, name)
-        if value is not None and not 0.0 <= value <= high:  # NaN fails too
-            raise GryphonError("invalid_sampling", f"{name} must be 0 to {high:g}, got {value:g}.")
+        if value is not None and not low <= value <= high:  # NaN fails too
+            raise GryphonError(
+                "invalid_sampling", f"{name} must be {low:g} to {high:g}, got {value:g}."
+            )
     if sampling.top_k is not None and not 0 <= sampling.top_k <= _MAX_INT32:
         raise GryphonError(
             "invalid_sampling", f"top_k must be 0 (off) to {_MAX_INT32}, got {sampling.top_k}."
@@ -141,6 +212,26 @@ def check_sampling(sampling: Sampling) -> None:
         raise GryphonError(
             "invalid_sampling", f"seed must be a 64-bit whole number, got {sampling.seed}."
         )
+    _check_logit_bias(sampling.logit_bias or {})
+
+
+def _check_logit_bias(bias: Mapping[int, float]) -> None:
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise GryphonError(
+            "invalid_sampling",
+            f"logit_bias may hold {MAX_LOGIT_BIAS} tokens at most, got {len(bias)}.",
+        )
+    for token_id, value in bias.items():
+        if not 0 <= token_id <= _MAX_INT32:
+            raise GryphonError(
+                "invalid_sampling",
+                f"logit_bias must be for token ids of 0 to {_MAX_INT32}, got {token_id}.",
+            )
+        if not -100.0 <= value <= 100.0:
+            raise GryphonError(
+                "invalid_sampling",
+                f"logit_bias of token {token_id} must be -100 to 100, got {value:g}.",
+            )
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -179,6 +270,7 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
     id: str
     prompt_tokens: int
     cached_tokens: int
+    """Those of them whose states were kept from an earlier request."""
     context_length: int | None
     notice: str = ""
     """What a person should know about how this will run; empty as a rule."""
@@ -272,10 +364,13 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="engine_status
     state: ModelState
     device: str
     backend_note: str
-    """How matrix products run, e.g. "OpenBLAS, float32"; says so when the path is a slow one."""
+    """How matrix products run, e.g. "OpenBLAS, float32"; says so when the path is a slow one, as
+    where a Metal kernel failed its self-check."""
     weight_bytes: int
     state_bytes: int
     """Key/value and recurrent state of the running rows."""
+    prefix_bytes: int = 0
+    """The same of earlier prompts and answers, kept so that others continue from them."""
     active_bytes: int
     """What MLX holds in all."""
     running: int

@@ -8,6 +8,10 @@ row's first input to the batch, so every forward pass but those of prefill serve
 Decoding is one step ahead of reading: a step is launched with the tokens of the step before, still
 unread, and only then are those read, turned into text and sent. A row that turns out to have ended
 leaves the batch then; what the launched step computed for it is dropped.
+
+States are kept for other requests (`app.engine.prefix_cache`): where the prompt's messages begin
+and end, before its last token, and where the row ends, whatever ended it. A request continues from
+the longest of them that its prompt begins with.
 """
 
 from __future__ import annotations
@@ -19,10 +23,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
+from app.engine import kernels
 from app.engine.batch import Batch, Emit, Launch, Row
+from app.engine.memory import available_bytes
+from app.engine.prefix_cache import PrefixCache, always_trimmable, can_keep
 from app.engine.protocol import (
     Accepted,
     Event,
@@ -35,7 +43,7 @@ from app.engine.protocol import (
     TokenLogprob,
 )
 from app.engine.resident import ResidentModel, load_resident, release_memory
-from app.engine.sampling import RowGenerator, RowSampling
+from app.engine.sampling import NEVER, RowGenerator, RowSampling
 from app.engine.text import TextStream
 from app.errors import GryphonError
 
@@ -47,6 +55,9 @@ MAX_QUEUE = 64
 DEFAULT_MAX_TOKENS = 8192
 # Tokens prefilled between two decode steps: a fraction of a second on either kind of device.
 _PREFILL_CHUNK = {mx.DeviceType.gpu: 512, mx.DeviceType.cpu: 128}
+# Chunks of a long prompt between two of its states kept, where states cannot be trimmed.
+_CHUNKS_PER_MARK = 4
+_MAX_PREFIX_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Snapshot:
     state: ModelState = "unloaded"
     weight_bytes: int = 0
     state_bytes: int = 0
+    prefix_bytes: int = 0
     active_bytes: int = 0
     running: int = 0
     queued: int = 0
@@ -69,9 +81,13 @@ class Scheduler:
 
     `submit`, `cancel` and `stop` may be called from any thread; everything else happens in `run`,
     on the thread that calls it. Events go out through each row's own `emit`.
+
+    Args:
+        prefix_cache_bytes: Memory for states kept for later requests, 0 keeps none; None takes a
+            tenth of what is available once a model is loaded, at most 2 GiB.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prefix_cache_bytes: int | None = 0) -> None:
         self.snapshot = Snapshot()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -80,6 +96,8 @@ class Scheduler:
         self._batch = Batch()
         self._in_flight: Launch | None = None
         self._resident: ResidentModel | None = None
+        self._prefix_cache_bytes = prefix_cache_bytes
+        self._prefixes: PrefixCache | None = None
         self._outbox: list[tuple[Emit, Event]] = []
 
     # Called from other threads.
@@ -191,7 +209,26 @@ class Scheduler:
             self._queue.remove(row)
         if row is self._prefilling:
             self._prefilling = None
-        self._batch.drop_done()
+            self._keep(row, row.caches)
+        self._drop(lambda row: row.done)
+
+    def _drop(self, ended: Callable[[Row], bool]) -> None:
+        """Remove rows from the batch; what they have read and written may be continued."""
+        if self._prefixes is not None:
+            for index, row in enumerate(self._batch.rows):
+                if ended(row):
+                    self._keep(row, self._batch.states_of(index))
+        self._batch.drop(ended)
+
+    def _keep(self, row: Row, states: list[Any]) -> None:
+        """Keep a row's states for other requests; a failure costs time, not answers."""
+        if self._prefixes is None:
+            return
+        try:
+            self._prefixes.insert(row.fed, states)
+        except Exception:
+            logger.exception("keeping states failed")
+            self._prefixes.clear()
 
     # Admission: at most one model change or one new row per turn.
 
@@ -222,6 +259,7 @@ class Scheduler:
         """Make the model of `row` resident, or fail everyone who waits for that model."""
         ref = row.request.model
         self._resident = None
+        self._prefixes = None
         self._batch = Batch()
         release_memory()
         self.snapshot = Snapshot(model=ref, state="loading", queued=len(self._queue))
@@ -238,7 +276,21 @@ class Scheduler:
                 self._queue.remove(waiting)
                 waiting.fail(error.code, error.message)
             return False
+        self._prefixes = self._new_prefix_cache(self._resident)
         return True
+
+    def _new_prefix_cache(self, resident: ResidentModel) -> PrefixCache | None:
+        """None where nothing may be kept."""
+        # A rotary base that depends on a prompt's length makes every state depend on it too: what
+        # a prefix left behind in one prompt is not what it leaves in a longer one.
+        if getattr(resident.loaded.model, "rotates_by_length", False):
+            return None
+        budget = self._prefix_cache_bytes
+        if budget is None:
+            budget = min(available_bytes() // 10, _MAX_PREFIX_BYTES)
+        if not budget or not can_keep(resident.loaded.make_cache()):
+            return None
+        return PrefixCache(budget)
 
     def _begin(self, row: Row) -> None:
         """Check a row against the resident model and start its prefill."""
@@ -264,14 +316,65 @@ class Scheduler:
         row.max_tokens = request.max_tokens or room
         if limit is not None:
             row.max_tokens = min(row.max_tokens, room)
+        if fault := self._sampling_fault(row):
+            row.fail("invalid_sampling", fault)
+            return
         row.text = TextStream(loaded.tokenizer, request.stop)
-        row.sampling = RowSampling.of(request.sampling, self._resident.recommended)
+        row.sampling = RowSampling.of(
+            request.sampling,
+            self._resident.recommended,
+            eos_token_ids=self._ends(),
+            # As in text-generation-webui: a byte or sentencepiece prefix is no newline.
+            newline_ids=loaded.tokenizer.encode("\n", add_special_tokens=False)[-1:],
+            min_tokens=NEVER if request.ignore_eos else request.min_tokens,
+        )
         row.generator = RowGenerator(request.sampling.seed)
-        row.caches = loaded.make_cache()
+        found = self._prefixes.find(row.prompt) if self._prefixes is not None else None
+        row.cached, row.caches = found or (0, loaded.make_cache())
+        row.processed = row.cached
+        row.marks = self._marks(row)
         loaded.begin_prompt(row.caches, len(row.prompt))
         row.admitted_s = time.monotonic()
-        row.emit(Accepted(request.id, len(row.prompt), 0, limit))
+        row.emit(Accepted(request.id, len(row.prompt), row.cached, limit))
         self._prefilling = row
+
+    def _marks(self, row: Row) -> deque[int]:
+        """Where in a prompt to keep its states: before its last token, for asking again. Where
+        states cannot be trimmed, also where an edit or the next turn will part from it, and now
+        and then on the way there."""
+        if self._prefixes is None:
+            return deque()
+        end = len(row.prompt) - 1
+        marks = {end}
+        if not always_trimmable(row.caches):
+            step = _CHUNKS_PER_MARK * _PREFILL_CHUNK[mx.default_device().type]
+            marks |= {*row.boundaries, *range(row.cached + step, end, step)}
+        return deque(sorted(mark for mark in marks if row.cached < mark <= end))
+
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer of the resident model; it may declare some that it lacks."""
+        assert self._resident is not None
+        ids = self._resident.loaded.eos_token_ids
+        return [id for id in ids if 0 <= id < self._resident.vocab_size]
+
+    def _sampling_fault(self, row: Row) -> str:
+        """Why the resident model cannot answer as the row asks; empty if it can."""
+        assert self._resident is not None
+        name, vocab_size = self._resident.ref.name, self._resident.vocab_size
+        request = row.generation
+        outside = [id for id in request.sampling.logit_bias or {} if id >= vocab_size]
+        if outside:
+            return (
+                f"logit_bias must be for token ids of 0 to {vocab_size - 1} for {name}, "
+                f"got {outside[0]}."
+            )
+        if request.min_tokens > row.max_tokens:
+            return (
+                f"min_tokens is {request.min_tokens}, but an answer to this prompt of "
+                f"{len(row.prompt)} tokens may have {row.max_tokens} at most. Lower min_tokens, "
+                "shorten the prompt, or give max_tokens if the model has no context limit."
+            )
+        return ""
 
     # Prefill and decode.
 
@@ -279,15 +382,20 @@ class Scheduler:
         row, resident = self._prefilling, self._resident
         assert row is not None and resident is not None
         total = len(row.prompt) - 1
-        if row.processed < total:
-            size = _PREFILL_CHUNK[mx.default_device().type]
-            chunk = row.prompt[row.processed : min(row.processed + size, total)]
+        size = room = _PREFILL_CHUNK[mx.default_device().type]
+        while room and row.processed < total:
+            stop = min(row.processed + room, total, *list(row.marks)[:1])
+            chunk = row.prompt[row.processed : stop]
             # Only the states are evaluated, so the logits of these positions are never computed.
             resident.loaded.model(mx.array([chunk], mx.int32), cache=row.caches)
             mx.eval([cache.state for cache in row.caches])
-            row.processed += len(chunk)
-            if total > size:
-                row.emit(Progress(row.request.id, "prefill", row.processed + 1, total + 1))
+            room -= len(chunk)
+            row.processed = stop
+            if row.marks and stop == row.marks[0]:
+                row.marks.popleft()
+                self._keep(row, row.caches)
+        if total - row.cached > size:
+            row.emit(Progress(row.request.id, "prefill", row.processed + 1, total + 1))
         if row.processed >= total:
             self._prefilling = None
             resident.loaded.end_prompt(row.caches)
@@ -295,7 +403,7 @@ class Scheduler:
 
     def _decode(self) -> None:
         # A row whose last allowed token is already being computed feeds nothing more.
-        self._batch.drop(lambda row: row.launched >= row.max_tokens)
+        self._drop(lambda row: row.launched >= row.max_tokens)
         launch = None
         if self._batch.rows:
             assert self._resident is not None
@@ -303,7 +411,7 @@ class Scheduler:
         if self._in_flight is not None:
             self._read(self._in_flight)
         self._in_flight = launch
-        self._batch.drop_done()
+        self._drop(lambda row: row.done)
 
     def _read(self, launch: Launch) -> None:
         """Turn the tokens of a launched step into events."""
@@ -316,11 +424,13 @@ class Scheduler:
 
     def _deliver(self, row: Row, token_id: int, launch: Launch, index: int) -> None:
         assert self._resident is not None and row.text is not None
+        row.answer.append(token_id)
         if token_id in self._resident.loaded.eos_token_ids:
             row.finish("stop", row.text.finish())
             return
         row.generated += 1
-        text, stopped = row.text.add(token_id)
+        may_stop = row.generated >= row.generation.min_tokens
+        text, stopped = row.text.add(token_id, may_stop=may_stop)
         logprob, top = None, []
         if row.generation.logprobs:
             value, alternatives = launch.logprobs_of(index, row.generation.top_logprobs)
@@ -357,9 +467,10 @@ class Scheduler:
             state="ready",
             weight_bytes=resident.loaded.nbytes,
             state_bytes=self._batch.nbytes,
+            prefix_bytes=self._prefixes.nbytes if self._prefixes is not None else 0,
             active_bytes=mx.get_active_memory(),
             running=self._active,
             queued=len(self._queue),
             context_length=resident.loaded.context_length,
-            note=resident.note,
+            note=", ".join([resident.note, *kernels.faults()]),
         )

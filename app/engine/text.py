@@ -18,26 +18,40 @@ class TextStream:
         self._detokenizer = StreamingDetokenizer(tokenizer)
         self._stop = tuple(stop)
         self._held = ""
+        self._passed = 0  # how much of what is held came while no stop string could end
 
-    def add(self, token_id: int) -> tuple[str, bool]:
-        """Text released by one more token, and whether a stop string was reached."""
-        return self._release(self._detokenizer.add(token_id), more_follows=True)
+    def add(self, token_id: int, *, may_stop: bool = True) -> tuple[str, bool]:
+        """Text released by one more token, and whether a stop string was reached.
+
+        While `may_stop` is false, a stop string that is complete is text like any other.
+        """
+        released = self._release(
+            self._detokenizer.add(token_id), more_follows=True, may_stop=may_stop
+        )
+        if not may_stop:
+            self._passed = len(self._held)
+        return released
 
     def finish(self) -> str:
         """What was still waiting when generation ended by itself."""
-        return self._release(self._detokenizer.finish(), more_follows=False)[0]
+        return self._release(self._detokenizer.finish(), more_follows=False, may_stop=True)[0]
 
-    def _release(self, new: str, *, more_follows: bool) -> tuple[str, bool]:
+    def _release(self, new: str, *, more_follows: bool, may_stop: bool) -> tuple[str, bool]:
         if not self._stop:
             return new, False
         text = self._held + new
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
+        found = [at for stop in self._stop if (at := self._find(stop, text)) >= 0]
+        if found and may_stop:
             self._held = ""
             return text[: min(found)], True
         keep = self._possible_start(text) if more_follows else 0
         self._held = text[len(text) - keep :]
+        self._passed = max(0, self._passed - (len(text) - keep))
         return text[: len(text) - keep], False
+
+    def _find(self, stop: str, text: str) -> int:
+        """Where a stop string begins that ends in the part that may stop; -1 if none does."""
+        return text.find(stop, max(0, self._passed - len(stop) + 1))
 
     def _possible_start(self, text: str) -> int:
         """Length of the longest end of `text` that a stop string begins with."""

@@ -23,7 +23,7 @@ import msgspec
 
 import app
 from app.engine import blas
-from app.engine.preparation import Preparer, Prompt
+from app.engine.preparation import Preparer, Prompt, TokenizedPrompt
 from app.engine.protocol import (
     PROTOCOL_VERSION,
     Accepted,
@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 # Events a client has not read yet; beyond this it is not reading at all.
 _MAX_UNREAD_BYTES = 16 * 1024 * 1024
+_NO_PROMPT = TokenizedPrompt([], [])
 
 
 class Connection:
@@ -86,7 +87,7 @@ class Connection:
                     message = f"A request with id {command.id!r} is running already."
                     self.send(Failed(command.id, "invalid_request", message))
                 elif isinstance(command, LoadModel):
-                    self._submit(command, [])
+                    self._submit(command, _NO_PROMPT)
                 else:
                     self._start(command)
         except asyncio.IncompleteReadError:
@@ -102,7 +103,7 @@ class Connection:
         def ended(task: asyncio.Task[None]) -> None:
             self._tasks.pop(request.id, None)
             if task.cancelled():  # before the scheduler knew of it, perhaps before its first step
-                self._row(request, [], time.monotonic()).finish("cancelled")
+                self._row(request, _NO_PROMPT, time.monotonic()).finish("cancelled")
 
         task = asyncio.create_task(self._prepare(request))
         self._tasks[request.id] = task
@@ -113,33 +114,33 @@ class Connection:
         try:
             check_request(request)
             if request.prompt_tokens is not None:
-                tokens = request.prompt_tokens
+                tokenized = TokenizedPrompt(request.prompt_tokens, [])
             else:
                 prompt = Prompt(request.model.path, request.messages, request.prompt)
-                tokens = await self._engine.preparer.prepare(prompt)
+                tokenized = await self._engine.preparer.prepare(prompt)
         except GryphonError as error:
             self.send(Failed(request.id, error.code, error.message, error.retry_after))
         except Exception as error:
             logger.exception("preparing a request failed")
             self.send(Failed(request.id, "engine_error", f"The engine failed: {error}"))
         else:
-            self._submit(request, tokens, started)
+            self._submit(request, tokenized, started)
 
     def _row(
-        self, request: GenerationRequest | LoadModel, tokens: list[int], started: float
+        self, request: GenerationRequest | LoadModel, prompt: TokenizedPrompt, started: float
     ) -> Row:
         from app.engine.batch import Row
 
         emit = functools.partial(self._engine.emit, self)
-        return Row(request=request, emit=emit, prompt=tokens, submitted_s=started)
+        return Row(request, emit, prompt.tokens, prompt.boundaries, submitted_s=started)
 
     def _submit(
         self,
         request: GenerationRequest | LoadModel,
-        tokens: list[int],
+        prompt: TokenizedPrompt,
         started: float | None = None,
     ) -> None:
-        row = self._row(request, tokens, started or time.monotonic())
+        row = self._row(request, prompt, started or time.monotonic())
         self.rows[request.id] = row
         self._engine.scheduler.submit(row)
 
@@ -195,6 +196,7 @@ class Engine:
             backend_note=note,
             weight_bytes=view.weight_bytes,
             state_bytes=view.state_bytes,
+            prefix_bytes=view.prefix_bytes,
             active_bytes=view.active_bytes,
             running=view.running,
             queued=view.queued,
@@ -226,7 +228,7 @@ async def _serve(socket_path: Path, alive_fd: int, backend: blas.Blas) -> None:
 
     from app.engine.scheduler import Scheduler
 
-    scheduler = Scheduler()
+    scheduler = Scheduler(Settings.from_environment().prefix_cache_bytes)
     device = "Apple GPU" if mx.default_device() == mx.Device(mx.DeviceType.gpu) else "CPU"
     engine = Engine(backend, device, scheduler)
     threading.Thread(target=_run, args=[scheduler], name="mlx", daemon=True).start()

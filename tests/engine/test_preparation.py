@@ -35,9 +35,10 @@ def _with_template(model: Path, source: str) -> Prompt:
 
 
 async def test_text_and_messages_become_ids_in_one_process(preparer: Preparer, model: Path) -> None:
-    assert len(await preparer.prepare(Prompt(str(model), text="héllo"))) == 6
+    prepared = await preparer.prepare(Prompt(str(model), text="héllo"))
+    assert len(prepared.tokens) == 6
     first = preparer._process
-    tokens = await preparer.prepare(Prompt(str(model), messages=[Message("user", "Hi")]))
+    tokens, _ = await preparer.prepare(Prompt(str(model), messages=[Message("user", "Hi")]))
     assert 256 in tokens and 257 in tokens  # the template's special tokens, not their letters
     assert preparer._process is first
 
@@ -47,7 +48,7 @@ async def test_prompts_at_once_each_get_their_own_answer(preparer: Preparer, mod
     prepared = await asyncio.gather(
         *(preparer.prepare(Prompt(str(model), text=text)) for text in texts)
     )
-    assert [len(tokens) for tokens in prepared] == list(range(1, 9))
+    assert [len(prompt.tokens) for prompt in prepared] == list(range(1, 9))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ async def test_a_bad_template_fails_its_prompt_and_no_other(
     with pytest.raises(GryphonError) as caught:
         await preparer.prepare(_with_template(model, source))
     assert caught.value.code == code
-    assert len(await preparer.prepare(Prompt(str(model), text="fine"))) == 4
+    assert len((await preparer.prepare(Prompt(str(model), text="fine"))).tokens) == 4
 
 
 async def test_a_cancelled_prompt_does_not_answer_the_next(preparer: Preparer, model: Path) -> None:
@@ -78,7 +79,7 @@ async def test_a_cancelled_prompt_does_not_answer_the_next(preparer: Preparer, m
     slow.cancel()
     with pytest.raises(asyncio.CancelledError):
         await slow
-    assert len(await preparer.prepare(Prompt(str(model), text="abc"))) == 3
+    assert len((await preparer.prepare(Prompt(str(model), text="abc"))).tokens) == 3
 
 
 async def test_killed_from_outside_it_is_replaced(preparer: Preparer, model: Path) -> None:
@@ -88,7 +89,7 @@ async def test_killed_from_outside_it_is_replaced(preparer: Preparer, model: Pat
     await preparer._process.wait()
     with pytest.raises(GryphonError, match="exit status -9"):
         await preparer.prepare(Prompt(str(model), text="b"))
-    assert len(await preparer.prepare(Prompt(str(model), text="cc"))) == 2
+    assert len((await preparer.prepare(Prompt(str(model), text="cc"))).tokens) == 2
 
 
 async def test_it_ends_with_the_engine(model: Path) -> None:

@@ -52,7 +52,7 @@ def _reader(data: bytes) -> asyncio.StreamReader:
             id="b",
             model=MODEL,
             messages=[Message("user", "naïve \x00 🦅")],
-            sampling=Sampling(temperature=0, seed=-3),
+            sampling=Sampling(temperature=0, seed=-3, logit_bias={5: -1.5}),
             stop=["\n"],
             logprobs=True,
         ),
@@ -127,7 +127,21 @@ def test_text_that_is_not_unicode_says_so() -> None:
         ({"sampling": Sampling(top_k=-1)}, "top_k"),
         ({"sampling": Sampling(top_k=2**31)}, "top_k"),
         ({"sampling": Sampling(seed=2**63)}, "seed"),
+        ({"sampling": Sampling(typical_p=1.01)}, "typical_p must be 0 to 1, got 1.01"),
+        ({"sampling": Sampling(xtc_probability=-0.5)}, "xtc_probability must be 0 to 1"),
+        ({"sampling": Sampling(xtc_threshold=0.6)}, "xtc_threshold must be 0 to 0.5, got 0.6"),
+        ({"sampling": Sampling(repetition_penalty=0)}, "repetition_penalty must be 0.1 to 10"),
+        ({"sampling": Sampling(repetition_penalty=math.inf)}, "repetition_penalty .* got inf"),
+        ({"sampling": Sampling(presence_penalty=-2.1)}, "presence_penalty must be -2 to 2"),
+        ({"sampling": Sampling(frequency_penalty=math.nan)}, "frequency_penalty .* got nan"),
+        ({"sampling": Sampling(logit_bias={5: 101})}, "token 5 must be -100 to 100, got 101"),
+        ({"sampling": Sampling(logit_bias={5: math.nan})}, "token 5 .* got nan"),
+        ({"sampling": Sampling(logit_bias={-1: 1})}, "logit_bias .* got -1"),
+        ({"sampling": Sampling(logit_bias={2**31: 1})}, "logit_bias .* got 2147483648"),
+        ({"sampling": Sampling(logit_bias=dict.fromkeys(range(1025), 1.0))}, "1024 tokens at most"),
         ({"max_tokens": 2**31}, "max_tokens"),
+        ({"min_tokens": -1}, "min_tokens must be 0 to"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens must be 0 to 8, which is max_tokens"),
     ],
     ids=str,
 )
@@ -138,3 +152,13 @@ def test_what_no_model_could_answer_is_refused_by_name(change: dict[str, Any], s
 
 def test_a_plain_request_passes() -> None:
     check_request(REQUEST)
+
+
+def test_the_ends_of_every_range_pass() -> None:
+    for sampling in (
+        Sampling(typical_p=0, xtc_probability=1, xtc_threshold=0.5, repetition_penalty=10),
+        Sampling(presence_penalty=-2, frequency_penalty=2, repetition_penalty=0.1),
+        Sampling(logit_bias=dict.fromkeys(range(1024), -100.0)),
+    ):
+        check_request(msgspec.structs.replace(REQUEST, sampling=sampling))
+    check_request(msgspec.structs.replace(REQUEST, min_tokens=8, max_tokens=8))

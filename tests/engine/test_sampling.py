@@ -94,22 +94,35 @@ def test_filters_keep_exactly_the_tokens_of_their_definition(sampling: Sampling)
 
 
 def test_a_row_draws_the_same_in_a_mixed_batch_as_alone() -> None:
-    logits = _logits(4, seed=7)
+    logits = _logits(8, seed=7)
     rows = [
         Sampling(temperature=0),
         Sampling(temperature=1.0),
         Sampling(temperature=0.7, top_p=0.8),
         Sampling(temperature=1.5, top_k=3, min_p=0.1),
+        Sampling(temperature=1.1, top_k=30, top_p=0.9),
+        Sampling(temperature=1.0, typical_p=0.5),
+        Sampling(temperature=1.3, xtc_threshold=0.05),
+        Sampling(temperature=0.9, top_k=20, typical_p=0.9, top_p=0.8, min_p=0.05),
     ]
     generator = RowGenerator(0)
-    for _ in range(50):
+    for step in range(100):
         uniforms = [generator.uniform() for _ in rows]
-        together = sample(logits, _settings(*rows), uniforms).tolist()
+        exclude_top = [i % 2 == step % 2 for i in range(len(rows))]
+        together = sample(logits, _settings(*rows), uniforms, exclude_top).tolist()
         alone = [
-            sample(logits[i : i + 1], _settings(row), [uniforms[i]]).item()
+            sample(logits[i : i + 1], _settings(row), [uniforms[i]], [exclude_top[i]]).item()
             for i, row in enumerate(rows)
         ]
         assert together == alone
+
+
+def test_a_neighbours_filters_do_not_cut_a_rows_own_tail() -> None:
+    """The last token has all the probability that float32 can see, the first has 1.4e-11."""
+    logits = mx.array([[-25.0] * (VOCAB - 1) + [0.0]] * 3)
+    plain = Sampling(temperature=1.0)
+    settings = _settings(plain, Sampling(top_p=0.5), Sampling(typical_p=0.5))
+    assert sample(logits, settings, [1e-11] * 3).tolist() == [0, VOCAB - 1, VOCAB - 1]
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-24])
@@ -127,6 +140,23 @@ def test_a_seed_fixes_the_sequence_and_no_seed_does_not() -> None:
     assert sequence(5) == sequence(5) != sequence(6)
     assert sequence(None) != sequence(None)
     assert all(0 <= u < 1 for u in sequence(5))
+
+
+def test_a_coin_takes_one_uniform_and_falls_as_often_as_asked() -> None:
+    tossed, plain = RowGenerator(3), RowGenerator(3)
+    for chance in (0.0, 0.3, 1.0):
+        uniforms = [plain.uniform() for _ in range(2000)]
+        coins = [tossed.coin(chance) for _ in range(2000)]
+        assert coins == [uniform < chance for uniform in uniforms]
+        assert sum(coins) / 2000 == pytest.approx(chance, abs=0.04)
+
+
+def test_greedy_rows_take_the_most_likely_token_whatever_the_filters() -> None:
+    logits = _logits()
+    asked = Sampling(temperature=0, typical_p=0.01, top_p=0.5, top_k=3, min_p=0.5)
+    settings = _settings(asked, Sampling(temperature=1.0, typical_p=0.5))
+    rows = mx.broadcast_to(logits, (2, VOCAB))
+    assert sample(rows, settings, [0.9, 0.9], [True, True])[0].item() == mx.argmax(logits).item()
 
 
 def test_logprobs_are_the_models_own_and_sorted() -> None:
@@ -151,6 +181,15 @@ def test_open_settings_come_from_the_model_then_from_the_house() -> None:
     assert RowSampling.of(Sampling(), model) == RowSampling(0.2, 0.9, 0, 0.0)
     assert RowSampling.of(Sampling(temperature=0, top_k=5), model) == RowSampling(0, 0.9, 5, 0.0)
     assert RowSampling.of(Sampling()) == RowSampling(0.7, 1.0, 0, 0.0)
+
+
+def test_a_generation_config_recommends_a_repetition_penalty() -> None:
+    config = {"repetition_penalty": 1.1, "typical_p": 0.9, "presence_penalty": 1.0}
+    model = recommended_sampling(config)
+    assert model == Sampling(repetition_penalty=1.1, typical_p=0.9)
+    assert RowSampling.of(Sampling(), model).has_penalty
+    assert not RowSampling.of(Sampling(repetition_penalty=1.0), model).has_penalty
+    assert recommended_sampling({"repetition_penalty": 0}) == Sampling()
 
 
 @pytest.mark.parametrize("value", [-1, 3.5, "hot", None, True, math.nan, math.inf, [1], 10**400])

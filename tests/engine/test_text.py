@@ -63,3 +63,33 @@ def test_nothing_that_may_begin_a_stop_string_comes_out_early(tokenizer: Tokeniz
     assert pieces[:4] == ["s", "a", "y", " "]
     assert pieces[4:11] == [""] * 7  # "END OF " may be the beginning
     assert pieces[11] == "END OF I"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "from_token", "kept", "stopped"),
+    [
+        ("one.two.", ["."], 4, "one", True),
+        ("one.two.", ["."], 5, "one.two", True),
+        ("one.two.", ["."], 9, "one.two.", False),
+        ("xENDyENDz", ["END"], 5, "xENDy", True),
+        ("xENDz", ["END"], 4, "x", True),  # complete with the first token that may stop
+        ("xENDz", ["END"], 5, "xENDz", False),
+        ("xabq", ["ab", "xabz"], 4, "xabq", False),  # held for the longer, complete before
+        ("xabzq", ["ab", "xabz"], 4, "", True),
+        ("aaaa", ["aa"], 4, "aa", True),
+        ("xaqE", ["E", "xabz"], 3, "xaq", True),
+    ],
+)
+def test_stop_strings_complete_before_one_may_stop_are_text(
+    tokenizer: Tokenizer, text: str, stop: list[str], from_token: int, kept: str, stopped: bool
+) -> None:
+    """One token a byte; the first `from_token` - 1 of them may not stop."""
+    stream, pieces, reached = TextStream(tokenizer, stop), [], False
+    for count, token in enumerate(tokenizer.encode(text, add_special_tokens=False), 1):
+        piece, reached = stream.add(token, may_stop=count >= from_token)
+        pieces.append(piece)
+        if reached:
+            break
+    else:
+        pieces.append(stream.finish())
+    assert ("".join(pieces), reached) == (kept, stopped)
