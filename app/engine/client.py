@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import itertools
+import math
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import msgspec
@@ -18,6 +22,7 @@ import app
 from app import paths
 from app.engine.protocol import (
     PROTOCOL_VERSION,
+    Accepted,
     Cancel,
     Command,
     EngineStatus,
@@ -28,6 +33,7 @@ from app.engine.protocol import (
     GetStatus,
     LoadModel,
     ModelRef,
+    Progress,
     Timings,
     Usage,
     Welcome,
@@ -40,10 +46,41 @@ from app.settings import child_environment
 _START_TIMEOUT_S = 30.0
 # What the engine answers without computing takes it milliseconds.
 _ANSWER_TIMEOUT_S = 5.0
-_MAX_BACKOFF_S = 10.0
+# An engine that lived this long did not die of how it was started.
+_STABLE_S = 60.0
 _MAX_LOG_BYTES = 1_000_000
 # An engine that nobody else uses is gone in milliseconds.
 _END_TIMEOUT_S = 1.0
+
+
+@dataclass
+class Backoff:
+    """A wait after failures in a row: none after the first, then `first_s`, doubled up to `cap_s`.
+
+    The first costs nothing because a person is waiting and it may have been the only one.
+    """
+
+    first_s: float
+    cap_s: float
+    failures: int = 0
+    _wait_s: float = 0.0
+    _not_before_s: float = 0.0
+
+    def failed(self) -> None:
+        """Note a failure."""
+        self.failures += 1
+        if self.failures > 1:
+            self._wait_s = min(self.cap_s, 2 * self._wait_s or self.first_s)
+            self._not_before_s = time.monotonic() + self._wait_s
+
+    def succeeded(self) -> None:
+        """Forget the failures."""
+        self.failures, self._wait_s, self._not_before_s = 0, 0.0, 0.0
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the next attempt is due; 0 when it is."""
+        return max(0.0, self._not_before_s - time.monotonic())
 
 
 class EngineProcess:
@@ -57,9 +94,6 @@ class EngineProcess:
         self._lock = lock
         self._process: subprocess.Popen[bytes] | None = None
         self._alive_fd = -1
-        self._crashes = 0
-        self._started_s = 0.0
-        self._not_before_s = 0.0
 
     @classmethod
     def try_own(cls) -> EngineProcess | None:
@@ -76,11 +110,6 @@ class EngineProcess:
     def has_died(self) -> bool:
         """Whether the child has ended, and `crashed` has not been told of it."""
         return self._process is not None and self._process.poll() is not None
-
-    @property
-    def may_spawn(self) -> bool:
-        """After crashes in quick succession the next child has to wait, longer each time."""
-        return self._process is None and time.monotonic() >= self._not_before_s
 
     def spawn(self) -> None:
         """Start the child."""
@@ -105,10 +134,13 @@ class EngineProcess:
         finally:
             log.close()
             os.close(read_fd)
-        self._started_s = time.monotonic()
 
     def crashed(self) -> str:
-        """Note an unexpected end and how it ended; the next `spawn` backs off."""
+        """Collect a child that ended unexpectedly, and what it left running; how it ended.
+
+        Lets go of the lock too: whoever needs an engine first starts the next one. The owner of
+        this one may be a chat that nobody types in.
+        """
         assert self._process is not None
         self._release()
         try:
@@ -116,12 +148,10 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()  # it closed the connection and is of no use any more
             status = self._process.wait()
-        self._process = None
-        stable = time.monotonic() - self._started_s > 60
-        self._crashes = 1 if stable else self._crashes + 1
-        # The first crash restarts at once: a person is waiting.
-        delay = min(_MAX_BACKOFF_S, 0.25 * 2**self._crashes) if self._crashes > 1 else 0.0
-        self._not_before_s = time.monotonic() + delay
+        # It led a group of its own. A child of it may be in the middle of a template that loops.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._lock.close()
         return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
 
     def end(self) -> None:
@@ -149,6 +179,35 @@ def _unresponsive() -> GryphonError:
     )
 
 
+def _restarting(deaths: Backoff) -> GryphonError:
+    wait_s = max(1, math.ceil(deaths.remaining_s))
+    return GryphonError(
+        "engine_restarting",
+        f"The engine has ended unexpectedly {deaths.failures} times in a row, so it is started "
+        f"again in {wait_s} s. Its log may say why: {paths.engine_log()}",
+        retry_after=wait_s,
+    )
+
+
+def _crashes_engine(model: ModelRef, deaths: Backoff) -> GryphonError:
+    wait_s = max(1, math.ceil(deaths.remaining_s))
+    return GryphonError(
+        "model_crashes_engine",
+        f"The engine ended while loading {model.name}, {deaths.failures} times in a row, so it is "
+        f"not loaded again for {wait_s} s. It may need more memory than there is, or its files may "
+        f"be damaged. Choose another model meanwhile; the log may say more: {paths.engine_log()}",
+        retry_after=wait_s,
+    )
+
+
+@dataclass
+class _Stream:
+    """What somebody here waits for: events, and of which model; None for a status."""
+
+    model: ModelRef | None = None
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+
+
 def _cancelled(request_id: str) -> Finished:
     return Finished(request_id, "cancelled", Usage(0, 0, 0), Timings(0.0, 0.0, 0.0))
 
@@ -158,7 +217,9 @@ class EngineClient:
 
     The first client to take the instance lock spawns the engine; the others attach to its socket.
     The engine ends with its owner, or later with the last one attached. Connecting, spawning and
-    reconnecting after a crash happen by themselves at the next request.
+    reconnecting after a crash happen by themselves at the next request: at once after the first
+    crash; after more without an answer between them requests are refused for a while, with
+    `retry_after`. A model whose loading ends the engine is refused for longer, alone.
     """
 
     def __init__(self) -> None:
@@ -166,18 +227,26 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._listener: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
-        self._streams: dict[str, asyncio.Queue[Event]] = {}
+        self._streams: dict[str, _Stream] = {}
         self._unsent: dict[str, asyncio.Future[None]] = {}
         """Requests that wait for the engine to start, with that start."""
         self._ids = itertools.count(1)
         self._closed = False
+        self._attached_s = 0.0
+        self._deaths = Backoff(first_s=1.0, cap_s=30.0)
+        """Of the engine, without an answer between them."""
+        self._load_deaths: dict[ModelRef, Backoff] = {}
+        self._loading: tuple[str, ModelRef] | None = None
+        """The load under way as far as we were told, with the request that it is for. A death that
+        comes before the news of its load counts against the engine alone."""
 
     async def start(self) -> None:
         """Connect to the engine, spawning it when nobody has. Idempotent.
 
         Raises:
-            GryphonError: "engine_not_started", "engine_version", "engine_stopped" (closed
-                meanwhile), or what `app.paths` raises.
+            GryphonError: "engine_not_started", "engine_restarting" (it is not started yet after
+                crashes in a row), "engine_version", "engine_stopped" (closed meanwhile), or what
+                `app.paths` raises.
         """
         async with self._connecting:
             if self._writer is not None:
@@ -187,18 +256,18 @@ class EngineClient:
                 if self._closed:
                     raise GryphonError("engine_stopped", "Gryphon is closing.")
                 if self._owned is None:
-                    self._owned = EngineProcess.try_own()
-                if self._owned is not None and self._owned.may_spawn:
-                    self._owned.spawn()
+                    self._owned = self._spawn_if_nobody_has()
                 if await self._attach():
                     return
                 if self._owned is not None and self._owned.has_died:
-                    how = self._owned.crashed()
+                    owned, self._owned = self._owned, None
+                    how = owned.crashed()
+                    self._deaths.failed()
                     raise GryphonError(
                         "engine_not_started",
                         f"The engine process ended while starting ({how}). "
                         f"Its log says why: {paths.engine_log()}",
-                        retry_after=1.0,
+                        retry_after=max(1.0, self._deaths.remaining_s),
                     )
                 await asyncio.sleep(0.02)
             raise GryphonError(
@@ -207,6 +276,24 @@ class EngineClient:
                 f"Its log may say why: {paths.engine_log()}",
                 retry_after=1.0,
             )
+
+    def _spawn_if_nobody_has(self) -> EngineProcess | None:
+        """A new engine of ours, or None when another gryphon owns one.
+
+        Raises:
+            GryphonError: "engine_restarting".
+        """
+        owned = EngineProcess.try_own()
+        if owned is None:
+            return None
+        try:
+            if self._deaths.remaining_s:
+                raise _restarting(self._deaths)
+            owned.spawn()
+        except BaseException:
+            owned.end()
+            raise
+        return owned
 
     async def close(self) -> None:
         """Cancel what runs and disconnect; an engine that nobody else uses ends."""
@@ -252,7 +339,8 @@ class EngineClient:
             if self._writer is None and not await self._attach():
                 return None
         request_id = f"status-{next(self._ids)}"
-        events = self._streams[request_id] = asyncio.Queue()
+        events = asyncio.Queue[Event]()
+        self._streams[request_id] = _Stream(events=events)
         try:
             self._send(GetStatus(request_id))
             event = await asyncio.wait_for(events.get(), timeout=_ANSWER_TIMEOUT_S)
@@ -269,13 +357,17 @@ class EngineClient:
             return
         try:
             frame = encode_frame(command)
-            if await self._started(command.id):
-                yield _cancelled(command.id)
-                return
+            self._check_loads(command.model)
+            # Again if the engine died at once: what ended the streams there did not know of this.
+            while self._writer is None:
+                if await self._started(command.id):
+                    yield _cancelled(command.id)
+                    return
         except GryphonError as error:
             yield Failed(command.id, error.code, error.message, error.retry_after)
             return
-        events = self._streams[command.id] = asyncio.Queue()
+        events = asyncio.Queue[Event]()
+        self._streams[command.id] = _Stream(command.model, events)
         ended = False
         try:
             self._write(frame)
@@ -287,6 +379,11 @@ class EngineClient:
             del self._streams[command.id]
             if not ended:
                 self._send(Cancel(command.id))
+
+    def _check_loads(self, model: ModelRef) -> None:
+        deaths = self._load_deaths.get(model)
+        if deaths is not None and deaths.remaining_s:
+            raise _crashes_engine(model, deaths)
 
     async def _started(self, request_id: str) -> bool:
         """Start the engine for a request; True when the request was cancelled meanwhile."""
@@ -336,6 +433,7 @@ class EngineClient:
                 f"{app.__version__}; they do not understand each other. Close the other one.",
             )
         self._writer = writer
+        self._attached_s = time.monotonic()
         self._listener = asyncio.create_task(self._listen(reader))
         return True
 
@@ -344,8 +442,12 @@ class EngineClient:
         try:
             while True:
                 event = await read_event(reader)
-                if not isinstance(event, Welcome) and event.id in self._streams:
-                    self._streams[event.id].put_nowait(event)
+                if isinstance(event, Welcome):
+                    continue
+                stream = self._streams.get(event.id)
+                self._learn(event, event.id, stream.model if stream is not None else None)
+                if stream is not None:
+                    stream.events.put_nowait(event)
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
             pass
         if self._closed:
@@ -354,15 +456,45 @@ class EngineClient:
             writer, self._writer = self._writer, None
             if writer is not None:
                 writer.close()
+            self._note_death()
             how = ""
             if self._owned is not None:
-                how = f" ({await asyncio.to_thread(self._owned.crashed)})"
+                owned, self._owned = self._owned, None
+                how = f" ({await asyncio.to_thread(owned.crashed)})"
         self._fail_streams(
             "engine_crashed",
             f"The engine stopped unexpectedly{how} while this was running. "
             "Nothing you wrote is lost: try again.",
         )
 
+    def _learn(self, event: Event, request_id: str, model: ModelRef | None) -> None:
+        """Keep what tells later why the engine died, and that it works."""
+        if isinstance(event, Progress) and event.phase == "load":
+            if model is not None:
+                self._loading = request_id, model
+            return
+        if self._loading is not None and self._loading[0] == request_id:
+            self._loading = None
+        is_loaded = isinstance(event, Accepted)
+        if isinstance(event, Finished) and event.reason != "cancelled":
+            is_loaded = True
+            if event.usage.completion_tokens:
+                self._deaths.succeeded()
+        if is_loaded and model is not None:
+            self._load_deaths.pop(model, None)
+
+    def _note_death(self) -> None:
+        """Count the death of the engine, and against the model it was loading."""
+        if time.monotonic() - self._attached_s > _STABLE_S:
+            self._deaths.succeeded()
+        self._deaths.failed()
+        if self._loading is not None:
+            _, model = self._loading
+            new = Backoff(first_s=30.0, cap_s=600.0)
+            self._load_deaths.setdefault(model, new).failed()
+            self._loading = None
+
     def _fail_streams(self, code: str, message: str) -> None:
-        for request_id, events in self._streams.items():
-            events.put_nowait(Failed(request_id, code, message, retry_after=1.0))
+        retry_after = max(1.0, self._deaths.remaining_s)
+        for request_id, stream in self._streams.items():
+            stream.events.put_nowait(Failed(request_id, code, message, retry_after))

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -220,7 +221,11 @@ def _outlive_nobody(alive_fd: int, engine: Engine) -> None:
         os.read(alive_fd, 1)
     while engine.connections:
         time.sleep(0.05)
-    os._exit(0)  # at once: a computation in progress is of no use to anybody
+    # At once: a computation in progress is of no use to anybody, nor is a prompt in preparation,
+    # whose process hears nothing until its time limit. The client made us leader of a group.
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
 
 
 async def _serve(socket_path: Path, alive_fd: int, backend: blas.Blas) -> None:

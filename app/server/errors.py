@@ -35,6 +35,8 @@ _STATUS = {
     "model_busy": 503,
     "queue_full": 503,
     "out_of_memory": 503,
+    "engine_restarting": 503,
+    "model_crashes_engine": 503,
     "cancelled": 503,
 }
 """HTTP status by error code; any other code is our fault: 500."""

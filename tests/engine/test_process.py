@@ -167,19 +167,6 @@ async def test_kill_9_fails_what_runs_once_and_the_next_request_works(
     assert again is not None and again.pid != status.pid
 
 
-async def test_repeated_crashes_back_off(client: EngineClient) -> None:
-    for _ in range(3):
-        await client.start()
-        status = await client.status()
-        assert status is not None and client._owned is not None
-        listener = client._listener
-        os.kill(status.pid, signal.SIGKILL)
-        assert listener is not None
-        await listener
-    assert client._owned._not_before_s - time.monotonic() > 1
-    client._owned._not_before_s = 0.0
-
-
 async def test_cancel_frees_the_row_and_says_so(client: EngineClient, model: ModelRef) -> None:
     events: list[Event] = []
     async for event in client.stream(request(model, "c", max_tokens=400)):
