@@ -376,7 +376,8 @@ async def main():
     request = GenerationRequest(id="r", model=ModelRef("m", path), prompt_tokens=prompt,
                                 max_tokens=100_000)
     if phase == "prepare":
-        request = GenerationRequest(id="r", model=ModelRef("m", path), messages=[Message("user", "")])
+        messages = [Message("user", "")]
+        request = GenerationRequest(id="r", model=ModelRef("m", path), messages=messages)
     async for event in client.stream(request):
         kind = "decode" if isinstance(event, Token) else getattr(event, "phase", "")
         if kind == phase:

@@ -27,6 +27,8 @@ STATUS = {
     "model_busy": 503,
     "queue_full": 503,
     "out_of_memory": 503,
+    "engine_restarting": 503,
+    "model_crashes_engine": 503,
     "engine_crashed": 500,
     "something_new": 500,
 }
