@@ -99,8 +99,8 @@ def _with_vjp(
 
     @function.vjp
     def vjp(primals: Any, cotangents: Any, _: Any) -> Any:
-        arguments = filled(_listed(primals))
-        gradients = backward(arguments, _listed(cotangents))
+        arguments = filled(listed(primals))
+        gradients = backward(arguments, listed(cotangents))
         return tuple(
             mx.zeros_like(argument) if gradient is None else gradient
             for argument, gradient in zip(arguments, gradients, strict=True)
@@ -125,7 +125,7 @@ def gradients_of(
         filled = list(arguments)
         for i, value in zip(floating, values, strict=True):
             filled[i] = value
-        return _listed(function(*filled))
+        return listed(function(*filled))
 
     _, products = mx.vjp(of_floating, list(floating.values()), cotangents)
     gradients: list[mx.array | None] = [None] * len(arguments)
@@ -134,5 +134,6 @@ def gradients_of(
     return gradients
 
 
-def _listed(values: Any) -> list[mx.array]:
+def listed(values: Any) -> list[mx.array]:
+    """What MLX gives for one array or several, as a list."""
     return [values] if isinstance(values, mx.array) else list(values)

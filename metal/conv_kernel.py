@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from metal import build, reference
 from metal.dispatch import Op, Unsupported
-from metal.sample import wave
+from metal.sample import lengths_and_reset, rows_and_tokens, wave
 
 LANES = 32  # of a simdgroup, which shares what it reads of the resets
 THREADS = 256  # of a threadgroup, at most
@@ -77,21 +77,14 @@ def _function(variant: Variant) -> Callable[..., Any]:
 
 
 def causal_conv1d_sample(variant: Variant) -> tuple[Any, ...]:
-    has_many_rows = (variant.has_lengths or variant.has_reset) and not variant.has_few_rows
-    B, E = build.FEW_ELEMENTS + 1 if has_many_rows else 3, THREADS + 40
-    if variant.tokens == 1:
-        T = 1
-    elif variant.has_few_tokens:
-        B, T = 1, build.FEW_ELEMENTS - 1
-    else:
-        T = 2 * TOKENS + 3
+    tokens = 1 if variant.tokens == 1 else 2 * TOKENS + 3
+    (B, T), E = rows_and_tokens(variant, tokens), THREADS + 40
     return (
         wave((B, T, E), variant.dtype, 1),
         wave((E, variant.K), variant.weight, 2),
         wave((E,), variant.bias, 3),
         wave((B, variant.K - 1, E), variant.dtype, 4),
-        T - mx.arange(B) % 3 if variant.has_lengths else None,
-        (mx.arange(B * T) % 5 == 2).reshape(B, T) if variant.has_reset else None,
+        *lengths_and_reset(variant, B, T),
     )
 
 

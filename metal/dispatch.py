@@ -15,6 +15,8 @@ from typing import Any, Literal, cast, get_args
 
 import mlx.core as mx
 
+from metal.build import listed
+
 Backend = Literal["auto", "metal", "reference"]
 
 _LOG = logging.getLogger(__name__)
@@ -79,11 +81,11 @@ class Op:
         """Compute the small case of a variant both ways; what is wrong with it, or None."""
         try:
             arguments = self.sample(variant)
-            like = _arrays(self.reference(*arguments))
+            like = listed(self.reference(*arguments))
             # In 16 bits plain MLX rounds what a kernel keeps, scores for one, by more than a kernel
             # that is right may differ.
-            want = _arrays(self.reference(*map(_widened, arguments)))
-            got = _arrays(self.kernel(variant, *arguments))
+            want = listed(self.reference(*map(_widened, arguments)))
+            got = listed(self.kernel(variant, *arguments))
             mx.eval(want, got)
             given = [a.dtype for a in arguments if isinstance(a, mx.array)]
             limit = max(_TOLERANCE[dtype] for dtype in given if dtype in _TOLERANCE)
@@ -151,10 +153,6 @@ def forget() -> None:
 
 def _no_backend(name: object) -> str:
     return f"expected the backend 'auto', 'metal' or 'reference', got {name!r}."
-
-
-def _arrays(result: Any) -> list[mx.array]:
-    return [result] if isinstance(result, mx.array) else cast("list[mx.array]", list(result))
 
 
 def _widened(argument: Any) -> Any:

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from metal import build, reference
 from metal.dispatch import Op, Unsupported
-from metal.sample import wave
+from metal.sample import lengths_and_reset, rows_and_tokens, wave
 
 LANES = 32  # channels a threadgroup owns: threads of a simdgroup read neighbours
 TOKENS = 8  # consecutive tokens of one thread
@@ -375,15 +375,8 @@ def _scan_vjp(arguments: build.Arguments, cotangents: list[mx.array]) -> build.A
 
 def _sample_input(variant: Variant) -> mx.array:
     """As small as shows every thread, tile and address space of the variant."""
-    has_many_rows = (variant.has_lengths or variant.has_reset) and not variant.has_few_rows
-    rows = build.FEW_ELEMENTS + 1 if has_many_rows else 3
-    if variant.segments == 0:
-        tokens = 1
-    elif variant.has_few_tokens:
-        rows, tokens = 1, build.FEW_ELEMENTS - 1
-    else:
-        tokens = variant.segments * TOKENS + 3
-    return wave((rows, tokens, STEP_THREADS + 40), variant.dtype)
+    tokens = 1 if variant.segments == 0 else variant.segments * TOKENS + 3
+    return wave((*rows_and_tokens(variant, tokens), STEP_THREADS + 40), variant.dtype)
 
 
 def _sample_parameter(variant: Variant, x: mx.array) -> list[mx.array]:
@@ -394,11 +387,8 @@ def _sample_parameter(variant: Variant, x: mx.array) -> list[mx.array]:
 
 def _sample_state(variant: Variant, x: mx.array) -> tuple[Any, ...]:
     B, T, E = x.shape
-    return (
-        wave((B, E), mx.float32, 5) if variant.has_h0 else None,
-        T - mx.arange(B) % 3 if variant.has_lengths else None,
-        (mx.arange(B * T) % 5 == 2).reshape(B, T) if variant.has_reset else None,
-    )
+    h0 = wave((B, E), mx.float32, 5) if variant.has_h0 else None
+    return (h0, *lengths_and_reset(variant, B, T))
 
 
 LINEAR_SCAN = Op("linear_scan", reference.linear_scan, linear_scan, scan_variant, scan_sample)

@@ -240,11 +240,13 @@ def main() -> None:
             if arguments.op and case.op not in arguments.op:
                 continue
             try:
-                fault, row = disagreement(case), measure(case, arguments.pairs)
+                fault = disagreement(case)
+                row = None if fault else measure(case, arguments.pairs)
             except Exception as error:  # what Apple's compiler refuses comes out of an evaluation
                 fault = f"{case.op} {case.shape} {name}: {type(error).__name__}: {error}"
-            if fault:
-                faults.append(fault)
+                row = None
+            if row is None:
+                faults.append(str(fault))
                 print(fault, file=sys.stderr, flush=True)
                 continue
             rows.append(row)
