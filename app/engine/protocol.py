@@ -17,7 +17,7 @@ import msgspec
 
 from app.errors import GryphonError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 FinishReason = Literal["stop", "length", "cancelled"]

@@ -28,11 +28,11 @@ from typing import Any
 import mlx.core as mx
 
 from app.engine import kernels
+from app.engine.admission import PREFILL_CHUNK, admit
 from app.engine.batch import Batch, Emit, Launch, Row
 from app.engine.memory import available_bytes
-from app.engine.prefix_cache import PrefixCache, always_trimmable, can_keep
+from app.engine.prefix_cache import PrefixCache, can_keep
 from app.engine.protocol import (
-    Accepted,
     Event,
     GenerationRequest,
     LoadModel,
@@ -43,20 +43,12 @@ from app.engine.protocol import (
     TokenLogprob,
 )
 from app.engine.resident import ResidentModel, load_resident, release_memory
-from app.engine.sampling import NEVER, RowGenerator, RowSampling
-from app.engine.text import TextStream
 from app.errors import GryphonError
 
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16
 MAX_QUEUE = 64
-# A model without a context limit could answer for ever: an answer then ends here by default.
-DEFAULT_MAX_TOKENS = 8192
-# Tokens prefilled between two decode steps: a fraction of a second on either kind of device.
-_PREFILL_CHUNK = {mx.DeviceType.gpu: 512, mx.DeviceType.cpu: 128}
-# Chunks of a long prompt between two of its states kept, where states cannot be trimmed.
-_CHUNKS_PER_MARK = 4
 _MAX_PREFIX_BYTES = 2 * 1024**3
 
 
@@ -293,88 +285,11 @@ class Scheduler:
         return PrefixCache(budget)
 
     def _begin(self, row: Row) -> None:
-        """Check a row against the resident model and start its prefill."""
+        """Start a row's prefill."""
         assert self._resident is not None
-        loaded, name = self._resident.loaded, self._resident.ref.name
-        request = row.generation
-        limit = loaded.context_length
-        if limit is not None and len(row.prompt) >= limit:
-            row.fail(
-                "context_length_exceeded",
-                f"The prompt has {len(row.prompt)} tokens and {name} has room for {limit} in "
-                "prompt and answer together. Shorten the prompt or start a new chat.",
-            )
-            return
-        if not 0 <= min(row.prompt) <= max(row.prompt) < self._resident.vocab_size:
-            row.fail(
-                "invalid_request",
-                f"Prompt tokens must be 0 to {self._resident.vocab_size - 1} for {name}, "
-                f"got {min(row.prompt)} to {max(row.prompt)}.",
-            )
-            return
-        room = DEFAULT_MAX_TOKENS if limit is None else limit - len(row.prompt)
-        row.max_tokens = request.max_tokens or room
-        if limit is not None:
-            row.max_tokens = min(row.max_tokens, room)
-        if fault := self._sampling_fault(row):
-            row.fail("invalid_sampling", fault)
-            return
-        row.text = TextStream(loaded.tokenizer, request.stop)
-        row.sampling = RowSampling.of(
-            request.sampling,
-            self._resident.recommended,
-            eos_token_ids=self._ends(),
-            # As in text-generation-webui: a byte or sentencepiece prefix is no newline.
-            newline_ids=loaded.tokenizer.encode("\n", add_special_tokens=False)[-1:],
-            min_tokens=NEVER if request.ignore_eos else request.min_tokens,
-        )
-        row.generator = RowGenerator(request.sampling.seed)
-        found = self._prefixes.find(row.prompt) if self._prefixes is not None else None
-        row.cached, row.caches = found or (0, loaded.make_cache())
-        row.processed = row.cached
-        row.marks = self._marks(row)
-        loaded.begin_prompt(row.caches, len(row.prompt))
-        row.admitted_s = time.monotonic()
-        row.emit(Accepted(request.id, len(row.prompt), row.cached, limit))
-        self._prefilling = row
-
-    def _marks(self, row: Row) -> deque[int]:
-        """Where in a prompt to keep its states: before its last token, for asking again. Where
-        states cannot be trimmed, also where an edit or the next turn will part from it, and now
-        and then on the way there."""
-        if self._prefixes is None:
-            return deque()
-        end = len(row.prompt) - 1
-        marks = {end}
-        if not always_trimmable(row.caches):
-            step = _CHUNKS_PER_MARK * _PREFILL_CHUNK[mx.default_device().type]
-            marks |= {*row.boundaries, *range(row.cached + step, end, step)}
-        return deque(sorted(mark for mark in marks if row.cached < mark <= end))
-
-    def _ends(self) -> list[int]:
-        """Tokens that end an answer of the resident model; it may declare some that it lacks."""
-        assert self._resident is not None
-        ids = self._resident.loaded.eos_token_ids
-        return [id for id in ids if 0 <= id < self._resident.vocab_size]
-
-    def _sampling_fault(self, row: Row) -> str:
-        """Why the resident model cannot answer as the row asks; empty if it can."""
-        assert self._resident is not None
-        name, vocab_size = self._resident.ref.name, self._resident.vocab_size
-        request = row.generation
-        outside = [id for id in request.sampling.logit_bias or {} if id >= vocab_size]
-        if outside:
-            return (
-                f"logit_bias must be for token ids of 0 to {vocab_size - 1} for {name}, "
-                f"got {outside[0]}."
-            )
-        if request.min_tokens > row.max_tokens:
-            return (
-                f"min_tokens is {request.min_tokens}, but an answer to this prompt of "
-                f"{len(row.prompt)} tokens may have {row.max_tokens} at most. Lower min_tokens, "
-                "shorten the prompt, or give max_tokens if the model has no context limit."
-            )
-        return ""
+        admit(row, self._resident, self._prefixes)
+        if not row.done:
+            self._prefilling = row
 
     # Prefill and decode.
 
@@ -382,7 +297,7 @@ class Scheduler:
         row, resident = self._prefilling, self._resident
         assert row is not None and resident is not None
         total = len(row.prompt) - 1
-        size = room = _PREFILL_CHUNK[mx.default_device().type]
+        size = room = PREFILL_CHUNK[mx.default_device().type]
         while room and row.processed < total:
             stop = min(row.processed + room, total, *list(row.marks)[:1])
             chunk = row.prompt[row.processed : stop]

@@ -1,0 +1,109 @@
+"""From a waiting request to a row ready for its prefill: checks against the resident model."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import mlx.core as mx
+
+from app.engine.batch import Row
+from app.engine.prefix_cache import PrefixCache, always_trimmable
+from app.engine.protocol import Accepted
+from app.engine.resident import ResidentModel
+from app.engine.sampling import NEVER, RowGenerator, RowSampling
+from app.engine.text import TextStream
+from app.errors import GryphonError
+
+# A model without a context limit could answer for ever: an answer then ends here by default.
+DEFAULT_MAX_TOKENS = 8192
+# Tokens prefilled between two decode steps: a fraction of a second on either kind of device.
+PREFILL_CHUNK = {mx.DeviceType.gpu: 512, mx.DeviceType.cpu: 128}
+# Chunks of a long prompt between two of its states kept, where states cannot be trimmed.
+_CHUNKS_PER_MARK = 4
+
+
+def admit(row: Row, resident: ResidentModel, prefixes: PrefixCache | None) -> None:
+    """Make a row ready for its prefill and tell who asked, or fail it with what is wrong."""
+    try:
+        _check_prompt(row, resident)
+        row.max_tokens = _room(row, resident)
+        _check_sampling(row, resident)
+    except GryphonError as error:
+        row.fail(error.code, error.message)
+        return
+    loaded, request = resident.loaded, row.generation
+    row.text = TextStream(loaded.tokenizer, request.stop)
+    row.sampling = RowSampling.of(
+        request.sampling,
+        resident.recommended,
+        # A model may declare ends that it lacks.
+        eos_token_ids=[id for id in loaded.eos_token_ids if 0 <= id < resident.vocab_size],
+        # As in text-generation-webui: a byte or sentencepiece prefix is no newline.
+        newline_ids=loaded.tokenizer.encode("\n", add_special_tokens=False)[-1:],
+        min_tokens=NEVER if request.ignore_eos else request.min_tokens,
+    )
+    row.generator = RowGenerator(request.sampling.seed)
+    found = prefixes.find(row.prompt) if prefixes is not None else None
+    row.cached, row.caches = found or (0, loaded.make_cache())
+    row.processed = row.cached
+    row.marks = _marks(row) if prefixes is not None else deque()
+    loaded.begin_prompt(row.caches, len(row.prompt))
+    row.admitted_s = time.monotonic()
+    row.emit(Accepted(request.id, len(row.prompt), row.cached, loaded.context_length))
+
+
+def _check_prompt(row: Row, resident: ResidentModel) -> None:
+    name, limit = resident.ref.name, resident.loaded.context_length
+    if limit is not None and len(row.prompt) >= limit:
+        raise GryphonError(
+            "context_length_exceeded",
+            f"The prompt has {len(row.prompt)} tokens and {name} has room for {limit} in "
+            "prompt and answer together. Shorten the prompt or start a new chat.",
+        )
+    if not 0 <= min(row.prompt) <= max(row.prompt) < resident.vocab_size:
+        raise GryphonError(
+            "invalid_request",
+            f"Prompt tokens must be 0 to {resident.vocab_size - 1} for {name}, "
+            f"got {min(row.prompt)} to {max(row.prompt)}.",
+        )
+
+
+def _room(row: Row, resident: ResidentModel) -> int:
+    """How many tokens the answer may have."""
+    limit, asked = resident.loaded.context_length, row.generation.max_tokens
+    if limit is None:
+        return asked or DEFAULT_MAX_TOKENS
+    room = limit - len(row.prompt)
+    return min(asked or room, room)
+
+
+def _check_sampling(row: Row, resident: ResidentModel) -> None:
+    name, vocab_size = resident.ref.name, resident.vocab_size
+    request = row.generation
+    outside = [id for id in request.sampling.logit_bias or {} if id >= vocab_size]
+    if outside:
+        raise GryphonError(
+            "invalid_sampling",
+            f"logit_bias must be for token ids of 0 to {vocab_size - 1} for {name}, "
+            f"got {outside[0]}.",
+        )
+    if request.min_tokens > row.max_tokens:
+        raise GryphonError(
+            "invalid_sampling",
+            f"min_tokens is {request.min_tokens}, but an answer to this prompt of "
+            f"{len(row.prompt)} tokens may have {row.max_tokens} at most. Lower min_tokens, "
+            "shorten the prompt, or give max_tokens if the model has no context limit.",
+        )
+
+
+def _marks(row: Row) -> deque[int]:
+    """Where in a prompt to keep its states: before its last token, for asking again. Where states
+    cannot be trimmed, also where an edit or the next turn will part from it, and now and then on
+    the way there."""
+    end = len(row.prompt) - 1
+    marks = {end}
+    if not always_trimmable(row.caches):
+        step = _CHUNKS_PER_MARK * PREFILL_CHUNK[mx.default_device().type]
+        marks |= {*row.boundaries, *range(row.cached + step, end, step)}
+    return deque(sorted(mark for mark in marks if row.cached < mark <= end))
