@@ -252,7 +252,8 @@ class Scheduler:
             if self._holds_state:
                 self._announce_wait(row)
             else:
-                self._load_draft(row, draft)
+                self._queue.popleft()
+                self._guarded(functools.partial(self._load_draft, row, draft), [row])
         elif self._active < (MAX_ROWS if self._resident and self._resident.can_batch else 1):
             self._queue.popleft()
             self._guarded(lambda: self._begin(row), [row])
@@ -285,14 +286,15 @@ class Scheduler:
         return True
 
     def _load_draft(self, row: Row, ref: ModelRef) -> None:
-        """Make the draft model of `row` resident too, or fail the row."""
+        """Make the draft model of `row` resident too and put the row back, or fail it."""
         assert self._resident is not None
         try:
             self._lanes.load_draft(ref, self._resident, self._load_progress(row, ref))
         except GryphonError as error:
             release_memory()
-            self._queue.remove(row)
             row.fail(error.code, error.message)
+        else:
+            self._queue.appendleft(row)
 
     def _load_progress(self, row: Row, ref: ModelRef) -> Callable[[int, int], None]:
         def progress(done: int, total: int) -> None:
