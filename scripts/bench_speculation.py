@@ -22,6 +22,9 @@ import platform
 import statistics
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
 
 from app.engine.client import EngineClient
 from app.engine.protocol import (
@@ -34,11 +37,10 @@ from app.engine.protocol import (
     PromptLookup,
     Sampling,
 )
-from app.library.installed import find_model
+from app.library.installed import find_model, read_config
 
 LINES = "".join(f"{i}. The {i * 7 % 90}th house on the street is painted.\n" for i in range(1, 13))
 REPETITIVE = [Message("user", f"Repeat this list exactly, and nothing else:\n\n{LINES}")]
-ARBITRARY = [1000 + (i * 7919) % 40_000 for i in range(200)]
 
 
 @dataclass
@@ -63,8 +65,6 @@ async def finished(client: EngineClient, request: GenerationRequest) -> Finished
 
 
 async def measure(cases: list[Case], pairs: int) -> None:
-    import msgspec
-
     client = EngineClient()
     for turn in range(pairs + 1):  # the first warms up
         for case in cases:
@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("--decode-tokens", type=int, default=96)
     arguments = parser.parse_args()
     ref: ModelRef = find_model(arguments.model, allow_path=True).ref
+    vocab_size = read_config(Path(ref.path))["vocab_size"]
+    arbitrary = [i * 7919 % vocab_size for i in range(1, 201)]
     length, greedy = arguments.decode_tokens, Sampling(temperature=0)
 
     def request(**fields: object) -> GenerationRequest:
@@ -118,7 +120,7 @@ def main() -> None:
     hot = Sampling(temperature=1.5, seed=1)
     cases = [
         Case("lookup, repetitive", request(messages=REPETITIVE), PromptLookup()),
-        Case("lookup, arbitrary", request(prompt_tokens=ARBITRARY, sampling=hot), PromptLookup()),
+        Case("lookup, arbitrary", request(prompt_tokens=arbitrary, sampling=hot), PromptLookup()),
         Case("draft, same model", request(messages=REPETITIVE), DraftModel(ref)),
     ]
     asyncio.run(measure(cases, arguments.pairs))

@@ -287,6 +287,19 @@ def test_nothing_follows_an_end_of_sequence_among_right_guesses(
     assert run.tokens("b") == Run().play(turn).tokens("b")
 
 
+def test_an_end_of_sequence_among_guesses_may_come_from_min_tokens_on(tmp_path: Path) -> None:
+    model, expected = ending(tmp_path, "eos", OPEN_LLAMA)
+    speculation = DraftModel(model, tokens=6)
+    for more, reason in ((0, "stop"), (1, "length")):
+        fields = {"min_tokens": len(expected) + more, "max_tokens": len(expected) + 1}
+        asked = request(model, speculation=speculation, **fields)
+        plain = request(model, "plain", **fields)
+        run = Run().play_in_turn(plain, asked)
+        assert run.tokens("a") == run.tokens("plain")
+        assert len(run.tokens("a")) == len(expected) + more
+        assert run.end("a").reason == run.end("plain").reason == reason
+
+
 def test_a_stop_string_and_max_tokens_end_it_among_right_guesses(
     pairs: dict[str, tuple[ModelRef, ModelRef]],
 ) -> None:
