@@ -96,6 +96,11 @@ def models_dir() -> Path:
     return _private(data_dir() / "models")
 
 
+def adapters_dir() -> Path:
+    """Installed LoRA adapters, one directory each."""
+    return _private(models_dir() / "adapters")
+
+
 def history_path() -> Path:
     """The SQLite file that holds the chats."""
     return data_dir() / "history.sqlite3"

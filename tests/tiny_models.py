@@ -179,3 +179,24 @@ def write_model(path: Path, config: dict[str, Any], *, seed: int = 0, **changes:
     byte_tokenizer().save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     return path
+
+
+def write_adapter(path: Path, base: Path, *, seed: int = 0) -> Path:
+    """Write a LoRA adapter for a checkpoint as mlx-lm's trainer does, with random weights."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    from mlxmodels import registry
+
+    model, _ = load_model(base, get_model_classes=registry.model_classes)
+    parameters = {"rank": 2, "scale": 4.0, "dropout": 0.0}
+    model.freeze()
+    linear_to_lora_layers(model, len(model.layers), parameters)
+    mx.random.seed(seed)
+    weights = tree_map(lambda w: mx.random.normal(w.shape), model.trainable_parameters())
+    path.mkdir(parents=True)
+    settings = {"fine_tune_type": "lora", "num_layers": len(model.layers), "model": str(base)}
+    text = json.dumps(settings | {"lora_parameters": parameters})
+    (path / "adapter_config.json").write_text(text)
+    mx.save_safetensors(str(path / "adapters.safetensors"), dict(tree_flatten(weights)))
+    return path

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from app import __version__
 from app.errors import GryphonError
@@ -98,6 +99,16 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--no-wait", action="store_true", help="fail instead of waiting while another model answers"
     )
+    run.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="put this LoRA adapter of mlx-lm on the model"
+    )
+    guess = run.add_mutually_exclusive_group()
+    guess.add_argument(
+        "--draft", metavar="MODEL", help="let a smaller model of the same vocabulary guess ahead"
+    )
+    guess.add_argument(
+        "--prompt-lookup", action="store_true", help="guess ahead from the text itself"
+    )
     run.add_argument("--json", action="store_true", help="events, one JSON object a line")
     run.add_argument("--stats", action="store_true", help="counts and speeds on standard error")
     _sampling_options(run)
@@ -118,6 +129,19 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("name", nargs="?", help="default: the model that would be used")
     show.add_argument("--json", action="store_true")
 
+    adapters = commands.add_parser("adapters", help="LoRA adapters made by mlx-lm")
+    action = adapters.add_subparsers(dest="action", metavar="ACTION", required=True)
+    adapter_list = action.add_parser("list", help="installed adapters")
+    adapter_list.add_argument("--json", action="store_true")
+    adapter_add = action.add_parser("add", help="install one; it becomes the model BASE+NAME")
+    adapter_add.add_argument("directory", type=Path, help="what `mlx_lm.lora` wrote")
+    adapter_add.add_argument("--name", help="default: the directory's name")
+    adapter_add.add_argument(
+        "--base", metavar="MODEL", help="the installed model it goes with; default: what it says"
+    )
+    adapter_rm = action.add_parser("rm", help="remove one")
+    adapter_rm.add_argument("name")
+
     ps = commands.add_parser("ps", help="what the engine is doing")
     ps.add_argument("--json", action="store_true")
 
@@ -137,6 +161,7 @@ _COMMANDS = {
     "pull": "app.cli.models:pull",
     "list": "app.cli.models:list_models",
     "show": "app.cli.models:show",
+    "adapters": "app.cli.adapters:adapters",
     "ps": "app.cli.report:ps",
     "doctor": "app.cli.report:doctor",
 }

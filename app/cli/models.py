@@ -139,6 +139,7 @@ def show(arguments: argparse.Namespace) -> int:
         ("license", details.license),
         ("from", model.source),
         ("path", model.path),
+        ("adapter", model.adapter),
     ]
     print("\n".join(f"{name:<14} {value}" for name, value in rows if value is not None))
     return 0
@@ -153,4 +154,8 @@ def _heads(heads: int | None, kv_heads: int | None) -> str | None:
 def _as_json(model: InstalledModel) -> dict[str, object]:
     modified = datetime.datetime.fromtimestamp(model.modified, datetime.UTC)
     fields = dataclasses.asdict(model)
-    return fields | {"path": str(model.path), "modified": modified.isoformat(timespec="seconds")}
+    return fields | {
+        "path": str(model.path),
+        "modified": modified.isoformat(timespec="seconds"),
+        "adapter": None if model.adapter is None else str(model.adapter),
+    }

@@ -16,6 +16,7 @@ from app.engine.client import EngineClient
 from app.engine.protocol import (
     MAX_FRAME_BYTES,
     Accepted,
+    DraftModel,
     Event,
     Failed,
     Finished,
@@ -23,11 +24,15 @@ from app.engine.protocol import (
     Message,
     ModelRef,
     Progress,
+    PromptLookup,
     Sampling,
     Token,
+    Usage,
     check_request,
 )
 from app.errors import GryphonError
+from app.library.adapters import with_adapter
+from app.library.installed import find_model
 
 _PHASES = {"queue": "waiting", "swap": "waiting", "load": "loading", "prefill": "reading"}
 
@@ -38,7 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     request = _request(arguments, prompt, ModelRef("", ""))
     check_request(request)  # wrong options are refused before a model is fetched
     model = model_for(arguments.model, yes=arguments.yes)
-    request = msgspec.structs.replace(request, model=model.ref)
+    if arguments.adapter is not None:
+        directory = arguments.adapter.expanduser()
+        model = with_adapter(model, directory, directory.resolve().name)
+    request = msgspec.structs.replace(request, model=model.ref, speculation=_speculation(arguments))
     return asyncio.run(
         _answer(
             request,
@@ -47,6 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
             asked_length=arguments.max_tokens is not None,
         )
     )
+
+
+def _speculation(arguments: argparse.Namespace) -> PromptLookup | DraftModel | None:
+    if arguments.draft is not None:
+        return DraftModel(find_model(arguments.draft, allow_path=True).ref)
+    return PromptLookup() if arguments.prompt_lookup else None
 
 
 def _read_prompt(argument: str | None) -> str:
@@ -142,5 +156,13 @@ def _summary(event: Finished) -> str:
     return (
         f"[{usage.prompt_tokens} prompt tokens at {timings.prefill_tps(usage):.1f} tok/s, "
         f"{usage.completion_tokens} generated at {timings.decode_tps(usage):.1f} tok/s, "
+        f"{_guesses(usage)}"
         f"ended by {event.reason}]"
     )
+
+
+def _guesses(usage: Usage) -> str:
+    if not usage.drafted_tokens:
+        return ""
+    share = usage.accepted_tokens / usage.drafted_tokens
+    return f"{usage.accepted_tokens} of {usage.drafted_tokens} guesses right ({share:.0%}), "

@@ -12,6 +12,7 @@ from app.engine.prefix_cache import PrefixCache, always_trimmable
 from app.engine.protocol import Accepted
 from app.engine.resident import ResidentModel
 from app.engine.sampling import NEVER, RowGenerator, RowSampling
+from app.engine.speculation import check_speculation
 from app.engine.text import TextStream
 from app.errors import GryphonError
 
@@ -29,6 +30,7 @@ def admit(row: Row, resident: ResidentModel, prefixes: PrefixCache | None) -> No
         _check_prompt(row, resident)
         row.max_tokens = _room(row, resident)
         _check_sampling(row, resident)
+        check_speculation(row, resident)
     except GryphonError as error:
         row.fail(error.code, error.message)
         return

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,6 +31,9 @@ from app.engine.sampling import (
     top_logprobs,
 )
 from app.engine.text import TextStream
+
+if TYPE_CHECKING:
+    from app.engine.speculation import Lane
 
 Emit = Callable[[Event], None]
 
@@ -66,6 +69,10 @@ class Row:
     text: TextStream | None = None
     sampling: RowSampling | None = None
     generator: RowGenerator | None = None
+    lane: Lane | None = None
+    """Where it decodes by itself while it speculates."""
+    drafted: int = 0
+    accepted: int = 0
 
     submitted_s: float = field(default_factory=time.monotonic)
     admitted_s: float = 0.0
@@ -78,7 +85,7 @@ class Row:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.prompt), self.generated, self.cached)
+        return Usage(len(self.prompt), self.generated, self.cached, self.drafted, self.accepted)
 
     @property
     def fed(self) -> list[int]:
@@ -125,8 +132,21 @@ class Launch:
     top_ids: mx.array | None = None
     top_values: mx.array | None = None
 
-    def start(self) -> None:
-        """Begin computing without waiting for it."""
+    @classmethod
+    def of(cls, rows: list[Row], logits: mx.array, tokens: mx.array) -> Launch:
+        """A step begun, not waited for: what the rows draw from logits [B, V] of the model."""
+        launch = cls(rows, tokens)
+        requests = [row.generation for row in rows]
+        if any(request.logprobs for request in requests):
+            logprobs = logprobs_of(logits)
+            chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)
+            launch.logprobs = chosen[:, 0]
+            if count := max(request.top_logprobs for request in requests):
+                launch.top_ids, launch.top_values = top_logprobs(logprobs, count)
+        launch._start()
+        return launch
+
+    def _start(self) -> None:
         given = [self.tokens, self.logprobs, self.top_ids, self.top_values]
         mx.async_eval([array for array in given if array is not None])
 
@@ -161,7 +181,7 @@ class Batch:
         self._penalties = Penalties()
 
     def join(self, row: Row) -> None:
-        """Add a prefilled row; its last prompt token is what it feeds first."""
+        """Add a row whose states have read all it has but its last token, which it feeds first."""
         if not self.rows:
             self.caches = row.caches
         elif len(self.rows) == 1:
@@ -172,7 +192,7 @@ class Batch:
                 batched.extend(type(new).merge([new]))
         row.caches = []
         self.rows.append(row)
-        token = mx.array(row.prompt[-1:], mx.int32)
+        token = mx.array((row.answer or row.prompt)[-1:], mx.int32)
         self.inputs = mx.concatenate([self.inputs, token])
         self._settings = None
 
@@ -212,16 +232,9 @@ class Batch:
             chance = row.sampling.xtc_probability
             exclude_top.append(chance > 0 and row.generator.coin(chance))
         changed = self._penalties.apply(logits)
-        launch = Launch(list(self.rows), sample(changed, self._settings, uniforms, exclude_top))
-        self._penalties.count(launch.tokens)
-        requests = [row.generation for row in self.rows]
-        if any(request.logprobs for request in requests):
-            logprobs = logprobs_of(logits)
-            chosen = mx.take_along_axis(logprobs, launch.tokens[:, None], axis=-1)
-            launch.logprobs = chosen[:, 0]
-            if count := max(request.top_logprobs for request in requests):
-                launch.top_ids, launch.top_values = top_logprobs(logprobs, count)
-        launch.start()
+        tokens = sample(changed, self._settings, uniforms, exclude_top)
+        self._penalties.count(tokens)
+        launch = Launch.of(list(self.rows), logits, tokens)
         self.inputs = launch.tokens
         for row in self.rows:
             row.launched += 1

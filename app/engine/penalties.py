@@ -22,6 +22,9 @@ class DecodingRow(Protocol):
     def prompt(self) -> list[int]: ...
 
     @property
+    def answer(self) -> list[int]: ...
+
+    @property
     def launched(self) -> int: ...
 
     @property
@@ -56,7 +59,8 @@ class Penalties:
         """Make this the state of these rows.
 
         Args:
-            rows: The B rows. What those that stay have had is kept; a new one has had its prompt.
+            rows: The B rows. What those that stay have had is kept; a new one has had its prompt
+                and what it has answered elsewhere.
             vocab_size: V, the width of the logits.
         """
         penalized = [row for row in rows if _settings(row).has_penalty]
@@ -66,6 +70,9 @@ class Penalties:
         for i, row in enumerate(new):
             prompts[i, mx.array(row.prompt)] = True
         answers = mx.zeros((len(new), vocab_size), mx.int32)
+        for i, row in enumerate(new):
+            if row.answer:
+                answers = answers.at[i, mx.array(row.answer)].add(1)
         if self._in_prompt is not None and self._in_answer is not None:
             indices = mx.array(kept, mx.int32)
             prompts = mx.concatenate([self._in_prompt[indices], prompts])

@@ -47,6 +47,20 @@ def always_trimmable(states: Sequence[Any]) -> bool:
     return all(type(state).__name__ in _ALWAYS_TRIMMABLE for state in states)
 
 
+def copied(state: Any) -> Any:
+    """A state of one layer with the same content, which does not change with it.
+
+    Raises:
+        ValueError: it is of a kind that cannot be kept; see `can_keep`.
+    """
+    return _copied(state)
+
+
+def is_trimmable(state: Any) -> bool:
+    """Whether the last tokens of a layer's state, as it is now, can be taken back."""
+    return _is_trimmable(state)
+
+
 @dataclass(eq=False)
 class _Entry:
     """States after the tokens on the way to a node; `floor` is the cache's at their last use."""

@@ -29,6 +29,30 @@ class ModelRef(msgspec.Struct, frozen=True):
 
     name: str
     path: str
+    adapter: str = ""
+    """The directory of a LoRA adapter made by mlx-lm to put on the model; empty is none."""
+
+
+class PromptLookup(msgspec.Struct, frozen=True, tag="prompt_lookup"):
+    """Draft what followed the last tokens where they came before, in the prompt or the answer."""
+
+    ngram: int = 3
+    """How many tokens must be the same; where there is no such place, fewer, down to two. 1 to
+    `MAX_LOOKUP_NGRAM`."""
+    tokens: int = 7
+    """Most tokens drafted at once, 1 to `MAX_DRAFT_TOKENS`."""
+
+
+class DraftModel(msgspec.Struct, frozen=True, tag="draft_model"):
+    """Draft with a smaller model of the same vocabulary, held in memory beside the other."""
+
+    model: ModelRef
+    tokens: int = 4
+    """Most tokens drafted at once, 1 to `MAX_DRAFT_TOKENS`."""
+
+
+MAX_LOOKUP_NGRAM = 16
+MAX_DRAFT_TOKENS = 16
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -124,6 +148,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     logprobs: bool = False
     top_logprobs: int = 0
     """Alternatives reported per token with their logprobs, 0 to 20."""
+    speculation: PromptLookup | DraftModel | None = None
+    """Guess tokens and have the model check several in one pass. The answer is the same; `Usage`
+    says how many guesses were right. A row whose guesses are not ends up without it."""
     wait_for_model: bool = True
     """False: fail with `model_busy` instead of waiting to swap out a model that is in use."""
 
@@ -177,6 +204,20 @@ def check_request(request: GenerationRequest) -> None:
             f"top_logprobs must be 0 to {MAX_TOP_LOGPROBS}, got {request.top_logprobs}.",
         )
     check_sampling(request.sampling)
+    _check_speculation(request.speculation)
+
+
+def _check_speculation(speculation: PromptLookup | DraftModel | None) -> None:
+    if speculation is None:
+        return
+    bounds = {"tokens": (speculation.tokens, MAX_DRAFT_TOKENS)}
+    if isinstance(speculation, PromptLookup):
+        bounds["ngram"] = (speculation.ngram, MAX_LOOKUP_NGRAM)
+    for name, (value, most) in bounds.items():
+        if not 1 <= value <= most:
+            raise GryphonError(
+                "invalid_request", f"speculation.{name} must be 1 to {most}, got {value}."
+            )
 
 
 _RANGES = {
@@ -315,6 +356,10 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    drafted_tokens: int = 0
+    """Guessed by speculation."""
+    accepted_tokens: int = 0
+    """Those of them that are in the answer."""
 
 
 class Timings(msgspec.Struct, frozen=True):

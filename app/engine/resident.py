@@ -19,6 +19,7 @@ from app.engine.memory import plan_load
 from app.engine.protocol import ModelRef, Sampling
 from app.engine.sampling import recommended_sampling
 from app.errors import GryphonError
+from mlxmodels.adapters import with_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ def load_resident(ref: ModelRef, progress: Callable[[int, int], None]) -> Reside
         plan = plan_load(Path(ref.path))
         progress(0, plan.file_bytes)
         loaded = mlxmodels.load(ref.path, dtype=plan.dtype)
+        if ref.adapter:
+            loaded = with_adapter(loaded, ref.adapter)
         recommended = recommended_sampling(_generation_config(Path(ref.path)))
         progress(plan.file_bytes, plan.file_bytes)
     except GryphonError:

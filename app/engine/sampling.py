@@ -30,9 +30,14 @@ class RowGenerator:
 
     def __init__(self, seed: int | None) -> None:
         self._random = random.Random(seed)
+        self._returned: list[float] = []  # the next one last
 
     def uniform(self) -> float:
-        return min(self._random.random(), _BELOW_ONE)
+        return self._returned.pop() if self._returned else min(self._random.random(), _BELOW_ONE)
+
+    def take_back(self, numbers: Sequence[float]) -> None:
+        """These were drawn last, in this order, and not used: they come next again."""
+        self._returned.extend(reversed(numbers))
 
     def coin(self, probability: float) -> bool:
         """True this often; takes one uniform whatever comes out."""

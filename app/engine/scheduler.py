@@ -9,6 +9,9 @@ Decoding is one step ahead of reading: a step is launched with the tokens of the
 unread, and only then are those read, turned into text and sent. A row that turns out to have ended
 leaves the batch then; what the launched step computed for it is dropped.
 
+A row that speculates decodes in a lane of its own (`app.engine.speculation`); one lane runs after
+each step of the batch.
+
 States are kept for other requests (`app.engine.prefix_cache`): where the prompt's messages begin
 and end, before its last token, and where the row ends, whatever ended it. A request continues from
 the longest of them that its prompt begins with.
@@ -16,6 +19,7 @@ the longest of them that its prompt begins with.
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
@@ -43,6 +47,7 @@ from app.engine.protocol import (
     TokenLogprob,
 )
 from app.engine.resident import ResidentModel, load_resident, release_memory
+from app.engine.speculation import Lane, Lanes
 from app.errors import GryphonError
 
 logger = logging.getLogger(__name__)
@@ -86,6 +91,7 @@ class Scheduler:
         self._queue: deque[Row] = deque()
         self._prefilling: Row | None = None
         self._batch = Batch()
+        self._lanes = Lanes()
         self._in_flight: Launch | None = None
         self._resident: ResidentModel | None = None
         self._prefix_cache_bytes = prefix_cache_bytes
@@ -120,12 +126,15 @@ class Scheduler:
             if self._batch.rows or self._in_flight is not None:
                 in_flight = self._in_flight.rows if self._in_flight is not None else []
                 self._guarded(self._decode, [*self._batch.rows, *in_flight])
+            if self._lanes:
+                lane = self._lanes.next()
+                self._guarded(functools.partial(self._speculate, lane), [lane.row])
             self._end_turn()
 
     @property
     def _active(self) -> int:
         """Rows being prefilled or decoded."""
-        return len(self._batch.rows) + (self._prefilling is not None)
+        return len(self._batch.rows) + len(self._lanes) + (self._prefilling is not None)
 
     @property
     def _holds_state(self) -> bool:
@@ -159,6 +168,7 @@ class Scheduler:
                 self._batch = Batch()
             if self._in_flight is not None and any(row.done for row in self._in_flight.rows):
                 self._in_flight = None
+            self._lanes.leave()
 
     # Arrival and departure.
 
@@ -203,6 +213,7 @@ class Scheduler:
             self._prefilling = None
             self._keep(row, row.caches)
         self._drop(lambda row: row.done)
+        self._close_lanes()
 
     def _drop(self, ended: Callable[[Row], bool]) -> None:
         """Remove rows from the batch; what they have read and written may be continued."""
@@ -237,6 +248,12 @@ class Scheduler:
         if isinstance(row.request, LoadModel):
             self._queue.popleft()
             row.finish("stop")
+        elif draft := self._lanes.missing_draft(row):
+            if self._holds_state:
+                self._announce_wait(row)
+            else:
+                self._queue.popleft()
+                self._guarded(functools.partial(self._load_draft, row, draft), [row])
         elif self._active < (MAX_ROWS if self._resident and self._resident.can_batch else 1):
             self._queue.popleft()
             self._guarded(lambda: self._begin(row), [row])
@@ -253,15 +270,12 @@ class Scheduler:
         self._resident = None
         self._prefixes = None
         self._batch = Batch()
+        self._lanes = Lanes()
         release_memory()
         self.snapshot = Snapshot(model=ref, state="loading", queued=len(self._queue))
 
-        def progress(done: int, total: int) -> None:
-            row.emit(Progress(row.request.id, "load", done, total, f"loading {ref.name}"))
-            self._send_events()  # the turn will not end for a while
-
         try:
-            self._resident = load_resident(ref, progress)
+            self._resident = load_resident(ref, self._load_progress(row, ref))
         except GryphonError as error:
             release_memory()
             for waiting in [row for row in self._queue if row.request.model == ref]:
@@ -270,6 +284,24 @@ class Scheduler:
             return False
         self._prefixes = self._new_prefix_cache(self._resident)
         return True
+
+    def _load_draft(self, row: Row, ref: ModelRef) -> None:
+        """Make the draft model of `row` resident too and put the row back, or fail it."""
+        assert self._resident is not None
+        try:
+            self._lanes.load_draft(ref, self._resident, self._load_progress(row, ref))
+        except GryphonError as error:
+            release_memory()
+            row.fail(error.code, error.message)
+        else:
+            self._queue.appendleft(row)
+
+    def _load_progress(self, row: Row, ref: ModelRef) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            row.emit(Progress(row.request.id, "load", done, total, f"loading {ref.name}"))
+            self._send_events()  # the turn will not end for a while
+
+        return progress
 
     def _new_prefix_cache(self, resident: ResidentModel) -> PrefixCache | None:
         """None where nothing may be kept."""
@@ -289,6 +321,7 @@ class Scheduler:
         assert self._resident is not None
         admit(row, self._resident, self._prefixes)
         if not row.done:
+            self._lanes.open(row, self._resident)
             self._prefilling = row
 
     # Prefill and decode.
@@ -311,9 +344,13 @@ class Scheduler:
                 self._keep(row, row.caches)
         if total - row.cached > size:
             row.emit(Progress(row.request.id, "prefill", row.processed + 1, total + 1))
-        if row.processed >= total:
-            self._prefilling = None
-            resident.loaded.end_prompt(row.caches)
+        if row.processed < total or (row.lane is not None and not row.lane.read_prompt(room)):
+            return
+        self._prefilling = None
+        resident.loaded.end_prompt(row.caches)
+        if row.lane is not None:
+            self._lanes.enter(row.lane)
+        else:
             self._batch.join(row)
 
     def _decode(self) -> None:
@@ -327,6 +364,19 @@ class Scheduler:
             self._read(self._in_flight)
         self._in_flight = launch
         self._drop(lambda row: row.done)
+
+    def _speculate(self, lane: Lane) -> None:
+        lane.step(self._deliver)
+        self._close_lanes()
+
+    def _close_lanes(self) -> None:
+        """Rows leave their lanes: with their end, or for the batch."""
+        for row in self._lanes.leave():
+            if row.done:
+                self._keep(row, row.caches)
+                row.caches = []
+            else:
+                self._batch.join(row)
 
     def _read(self, launch: Launch) -> None:
         """Turn the tokens of a launched step into events."""
@@ -380,8 +430,8 @@ class Scheduler:
         self.snapshot = Snapshot(
             model=resident.ref,
             state="ready",
-            weight_bytes=resident.loaded.nbytes,
-            state_bytes=self._batch.nbytes,
+            weight_bytes=resident.loaded.nbytes + self._lanes.weight_bytes,
+            state_bytes=self._batch.nbytes + self._lanes.state_bytes,
             prefix_bytes=self._prefixes.nbytes if self._prefixes is not None else 0,
             active_bytes=mx.get_active_memory(),
             running=self._active,

@@ -23,7 +23,7 @@ from mlxmodels.safetensors_header import TensorEntry, read_header
 DEFAULT_MODEL = "smollm2-135m"
 """The embedded model (`app.library.embedded`), which runs when none is named."""
 
-Source = Literal["gryphon", "hub", "path"]
+Source = Literal["gryphon", "hub", "path", "adapter"]
 
 # Families whose state does not grow with the text: there is no length at which they must stop.
 _UNLIMITED_FAMILIES = frozenset({"recurrent_gemma"})
@@ -44,22 +44,32 @@ class InstalledModel:
     """For people: "4-bit", "mixed 4/8-bit", "bfloat16" …"""
     context_length: int | None
     source: Source
-    """"gryphon" (converted by us), "hub" (in the Hugging Face cache) or "path" (named by path)."""
+    """"gryphon" (converted by us), "hub" (in the Hugging Face cache), "path" (named by path) or
+    "adapter" (a model with a LoRA adapter on it, `app.library.adapters`)."""
     modified: float
+    base: str = ""
+    """Of a model with an adapter: the model that it is put on."""
+    adapter: Path | None = None
+    """Its directory."""
 
     @property
     def ref(self) -> ModelRef:
-        return ModelRef(name=self.name, path=str(self.path))
+        adapter = "" if self.adapter is None else str(self.adapter)
+        return ModelRef(name=self.name, path=str(self.path), adapter=adapter)
 
 
 def installed_models() -> list[InstalledModel]:
-    """All of them, by name. A directory that is damaged or incomplete is left out."""
+    """All of them, by name. A directory that is damaged or incomplete is left out, and so is an
+    adapter whose base is."""
+    from app.library import adapters
+
     models = {}
     for name, path, source in [*_hub_candidates(), *_own_candidates()]:
         try:
             models[name] = read_model(path, name, source)
         except GryphonError:
             continue
+    models |= adapters.adapted(models)
     return [models[name] for name in sorted(models)]
 
 
@@ -74,6 +84,8 @@ def find_model(name: str | None = None, *, allow_path: bool = False) -> Installe
         GryphonError: code "model_not_found" (names the installed ones and what to do),
             "no_model_installed", or "invalid_model" for a directory that is no whole model.
     """
+    from app.library import adapters
+
     models = {model.name: model for model in installed_models()}
     if name is None:
         return _default(models)
@@ -82,6 +94,7 @@ def find_model(name: str | None = None, *, allow_path: bool = False) -> Installe
     for candidate, path, source in [*_own_candidates(), *_hub_candidates()]:
         if candidate == name:
             return read_model(path, name, source)  # raises: the listing left it out
+    adapters.explain(name, models)  # raises for an adapter that the listing left out
     if allow_path and _looks_like_path(name):
         path = Path(os.path.abspath(os.path.expanduser(name)))
         return read_model(path, path.name, "path")
@@ -193,7 +206,7 @@ def context_length(config: dict[str, Any]) -> int | None:
 def _own_candidates() -> Iterator[tuple[str, Path, Source]]:
     """Directories of models that Gryphon converted; hidden ones are unfinished work."""
     for path in _directories(paths.models_dir()):
-        if not path.name.startswith("."):
+        if not path.name.startswith(".") and path != paths.adapters_dir():
             yield path.name, path, "gryphon"
 
 
@@ -245,7 +258,8 @@ def _default(models: dict[str, InstalledModel]) -> InstalledModel:
             "no_model_installed",
             f"No model is installed. Get a small one with `gryphon pull {DEFAULT_MODEL}`.",
         )
-    latest = max(models.values(), key=lambda model: model.modified)
+    plain = [model for model in models.values() if model.adapter is None]
+    latest = max(plain, key=lambda model: model.modified)
     return models.get(DEFAULT_MODEL, latest)
 
 

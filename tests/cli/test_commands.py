@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ..tiny_models import OPEN_LLAMA, RECURRENT_GEMMA, write_model
+from ..tiny_models import OPEN_LLAMA, RECURRENT_GEMMA, write_adapter, write_model
 
 GRYPHON = str(Path(sys.executable).with_name("gryphon"))
 
@@ -71,6 +71,41 @@ def test_stats_go_to_standard_error(tiny: Path) -> None:
     assert "tok/s" in done.stderr and "tok/s" not in done.stdout
 
 
+def test_guesses_leave_the_text_as_it_is_and_stats_count_them(tiny: Path) -> None:
+    words = ["run", "--temperature", "0", "--max-tokens", "12", "--stats", "Hello"]
+    plain = gryphon(*words)
+    assert plain.returncode == 0 and "guesses" not in plain.stderr
+    for more in (["--draft", "tiny"], ["--prompt-lookup"]):
+        fast = gryphon(*words, *more)
+        assert (fast.returncode, fast.stdout) == (0, plain.stdout)
+        assert "--draft" not in more or "guesses right (100%)" in fast.stderr
+
+
+def test_an_adapter_is_a_model_of_its_own_until_it_is_removed(
+    tiny: Path, home: Path, tmp_path: Path
+) -> None:
+    directory = write_adapter(tmp_path / "mine", tiny)
+    words = ["run", "--temperature", "0", "--max-tokens", "8", "Hello"]
+    plain = gryphon(*words)
+    adapted = gryphon(*words, "--adapter", str(directory))
+    assert adapted.returncode == 0 and adapted.stdout != plain.stdout
+    assert "No adapter is installed" in gryphon("adapters", "list").stdout
+    added = gryphon("adapters", "add", str(directory))
+    assert added.returncode == 0 and "tiny+mine" in added.stdout
+    assert gryphon(*words, "-m", "tiny+mine").stdout == adapted.stdout
+    listed = json.loads(gryphon("adapters", "list", "--json").stdout)
+    assert listed == [{"name": "mine", "base": "tiny", "model": "tiny+mine"}]
+    models = json.loads(gryphon("list", "--json").stdout)
+    assert [(model["name"], model["base"]) for model in models] == [
+        ("tiny", ""),
+        ("tiny+mine", "tiny"),
+    ]
+    assert "mine" in gryphon("show", "tiny+mine").stdout
+    assert gryphon("adapters", "rm", "mine").returncode == 0
+    gone = gryphon(*words, "-m", "tiny+mine")
+    assert gone.returncode == 1 and "tiny+mine" in gone.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "stdin", "status", "said"),
     [
@@ -85,6 +120,12 @@ def test_stats_go_to_standard_error(tiny: Path) -> None:
         (["run", "--top-p", "2", "Hi"], None, 1, "top_p"),
         (["run", "--raw", "--system", "x", "Hi"], None, 2, "--raw"),
         (["run", "--temperature", "warm", "Hi"], None, 2, "--temperature"),
+        (["run", "--draft", "a", "--prompt-lookup", "Hi"], None, 2, "not allowed with"),
+        (["run", "--draft", "nope", "Hi"], None, 1, "nope"),
+        (["run", "--adapter", "/etc", "Hi"], None, 1, "it has no adapter_config.json"),
+        (["adapters", "add", "/etc/nowhere"], None, 1, "not a directory"),
+        (["adapters", "rm", "nope"], None, 1, "No adapter is called 'nope'"),
+        (["adapters"], None, 2, "ACTION"),
         (["frobnicate"], None, 2, "frobnicate"),
         (["pull", "google/gemma-2b"], None, 1, "gryphon list"),
         (["show", "nope"], None, 1, "nope"),
