@@ -18,6 +18,12 @@ from app.errors import GryphonError
 MAX_CONSTRAINT_BYTES = 256 * 1024
 
 ConstraintKind = Literal["json_object", "json_schema", "regex", "lark"]
+CALLED: dict[ConstraintKind, str] = {
+    "json_object": "The constraint",
+    "json_schema": "The JSON schema",
+    "regex": "The regex",
+    "lark": "The grammar",
+}
 
 
 class Constraint(msgspec.Struct, frozen=True):
@@ -47,12 +53,12 @@ def check_constraint(constraint: Constraint) -> None:
     kind, text = constraint.kind, constraint.text
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_CONSTRAINT_BYTES:
-        raise invalid(f"{_NAMES[kind]} may have {MAX_CONSTRAINT_BYTES} bytes, got {size}.")
+        raise invalid(f"{CALLED[kind]} may have {MAX_CONSTRAINT_BYTES} bytes, got {size}.")
     if kind == "json_object":
         if text:
             raise invalid("A constraint of kind json_object has no text; json_schema has.")
     elif not text.strip():
-        raise invalid(f"{_NAMES[kind]} is empty.")
+        raise invalid(f"{CALLED[kind]} is empty.")
     elif kind == "json_schema":
         check_keywords(parsed_schema(text))
     elif kind == "lark" and (found := _TEMPERATURE.search(text)):
@@ -62,12 +68,6 @@ def check_constraint(constraint: Constraint) -> None:
         )
 
 
-_NAMES = {
-    "json_object": "The constraint",
-    "json_schema": "The JSON schema",
-    "regex": "The regex",
-    "lark": "The grammar",
-}
 # An attribute of a rule, as in `name[temperature=0.5]: ...`, before the colon.
 _TEMPERATURE = re.compile(r"^[ \t]*[?!]?[\w-]+[ \t]*\[[^\]\n]*\btemperature\b", re.MULTILINE)
 

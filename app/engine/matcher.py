@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from app.engine.constraint import Constraint, invalid
+from app.engine.constraint import CALLED, Constraint, invalid
 from app.errors import GryphonError
 from app.settings import child_environment
 
@@ -32,7 +32,7 @@ _STEP_TIMEOUT_S = 5.0
 # Constraints compiled at once; further requests wait.
 _MOST_COMPILING = 4
 _GOES_ON = 0
-_TOO_MUCH = "following it takes too much time or memory; make it smaller, with fewer and shorter repetitions"
+_TOO_MUCH = "following it takes too much time or memory; make it smaller or repeat less"
 
 
 class Matcher:
@@ -136,7 +136,8 @@ class Matchers:
                     answer = await _receive(row)
             except (OSError, TimeoutError) as error:
                 row.close()
-                raise invalid(f"The constraint cannot be followed: {_TOO_MUCH}.") from error
+                what = CALLED[constraint.kind]
+                raise invalid(f"{what} cannot be followed: {_TOO_MUCH}.") from error
             except BaseException:
                 row.close()
                 raise

@@ -21,13 +21,13 @@ import socket
 import struct
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import llguidance
 import msgspec
 import numpy as np
 
-from app.engine.constraint import Constraint, invalid, parsed_schema
+from app.engine.constraint import CALLED, Constraint, invalid, parsed_schema
 from app.engine.vocabulary import Vocabulary
 from app.errors import GryphonError
 from mlxmodels.errors import ModelError
@@ -35,7 +35,7 @@ from mlxmodels.errors import ModelError
 GOES_ON, FAILED = 0, 1
 # Seconds of computing, whatever else the machine does; llguidance's own limits make most of what
 # is too complex fail long before.
-COMPILE_LIMIT_S = 5.0
+COMPILE_LIMIT_S = 3.0
 STEP_LIMIT_S = 1.0
 # What a row may take beyond the vocabulary, where the system can tell.
 _ROW_BYTES = 1024**3
@@ -102,24 +102,26 @@ def _grammar(constraint: Constraint) -> str:
 
 def readable(message: str) -> str:
     """llguidance's message in one line."""
-    lines = [line.strip() for line in message.splitlines()]
-    line = " ".join(line for line in lines if line).removeprefix("WARNING: ").rstrip(".")
-    return line if len(line) <= 300 else f"{line[:300]} ..."
+    if message.startswith("NoExtension"):
+        return "no text matches it"
+    lines = [line.strip() for line in message.removeprefix("WARNING: ").splitlines()]
+    line = " ".join(line for line in lines if line and line != "<non-verbose/>").rstrip(".")
+    return line if len(line) <= 200 else f"{line[:200]} ..."
 
 
 def _follow(vocabulary: Vocabulary, row: socket.socket) -> None:
     """The life of a row's process after its fork."""
     with row.makefile("rb") as incoming:
-        head = incoming.read(4)
-        if len(head) < 4:
-            return
-        body = incoming.read(struct.unpack(">I", head)[0])
+        if not (body := _body(incoming)):
+            return  # the request was cancelled
         constraint = msgspec.msgpack.decode(body, type=Constraint)
+        subject = f"{CALLED[constraint.kind]} cannot be followed: "
         try:
             with _time_limit(COMPILE_LIMIT_S):
                 follower = Follower(vocabulary, constraint)
                 answer = follower.allowed()
             row.sendall(_frame(GOES_ON, answer))
+            subject = ""
             while len(token := incoming.read(4)) == 4:
                 with _time_limit(STEP_LIMIT_S):
                     follower.consume(struct.unpack(">i", token)[0])
@@ -129,10 +131,13 @@ def _follow(vocabulary: Vocabulary, row: socket.socket) -> None:
             row.sendall(_failed(error))
         except OSError:
             return  # the engine is gone
-        except (
-            BaseException
-        ) as error:  # NotFollowed, ValueError, and panics, which are not even that
-            row.sendall(_failed(invalid(f"It cannot be followed: {readable(str(error))}.")))
+        except BaseException as error:  # NotFollowed, ValueError; panics are not even Exceptions
+            row.sendall(_failed(invalid(f"{subject}{readable(str(error))}.")))
+
+
+def _body(incoming: BinaryIO) -> bytes:
+    head = incoming.read(4)
+    return incoming.read(struct.unpack(">I", head)[0]) if len(head) == 4 else b""
 
 
 @contextlib.contextmanager
