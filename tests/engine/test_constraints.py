@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import mlxmodels
 from app.engine.client import EngineClient
 from app.engine.constraint import MAX_CONSTRAINT_BYTES, Constraint
+from app.engine.matcher import Matcher
 from app.engine.protocol import (
     GenerationRequest,
     Message,
@@ -194,6 +197,18 @@ def test_rows_of_the_embedding_that_are_no_tokens_are_never_drawn(
     made = request(models["padded"], regex("(?s:.){40}"), sampling=sampling)
     text, reason = rig.answer(made)
     assert len(text) == 40 and reason == "stop"
+
+
+@pytest.mark.parametrize("width", [2, 3, 6])
+def test_a_mask_is_as_wide_as_the_logits(width: int) -> None:
+    """Three ids of a tokenizer, of which the first and the last may come, or the end."""
+    ours, theirs = socket.socketpair()
+    matcher = Matcher(ours, 3, bytes([0b1101, 0, 0, 0]))
+    mask = np.ones(width, np.bool_)
+    matcher.allow(mask, [1])
+    assert mask.tolist() == [True, True, True, False, False, False][:width]
+    matcher.close()
+    theirs.close()
 
 
 def test_tokens_that_the_model_has_no_logits_for_cannot_be_asked_for(
