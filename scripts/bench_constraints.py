@@ -18,6 +18,7 @@ import json
 import statistics
 import tempfile
 import time
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ PERSON = {
     "additionalProperties": False,
 }
 SCHEMA = {"type": "array", "items": PERSON, "minItems": 10_000}
-GEMMA = {
+GEMMA: dict[str, Any] = {
     "model_type": "gemma",
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -74,14 +75,9 @@ def write_random_gemma(path: Path) -> Path:
     (path / "config.json").write_text(json.dumps(GEMMA))
     mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(weights)))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    letters = "etaoinshrdlcu"
-    words = [""]
-    for word in words:
-        words += [word + letter for letter in letters] if len(words) < 250_000 else []
-        if len(words) >= 260_000:
-            break
-    spelled = [*alphabet, *(f"Ġ{word}" for word in words[1:] if len(word) > 1)]
-    vocabulary = {word: id for id, word in enumerate(spelled[: GEMMA["vocab_size"]])}
+    words = ("".join(word) for n in (2, 3, 4, 5) for word in product("etaoinshrdlcu", repeat=n))
+    spelled = [*alphabet, *(f"Ġ{word}" for word in islice(words, GEMMA["vocab_size"] - 256))]
+    vocabulary = {word: id for id, word in enumerate(spelled)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
