@@ -21,6 +21,9 @@ class Detokenizer(Protocol):
     def bytes_of(self, token: str) -> bytes:
         """Bytes of one token, whatever was added before."""
 
+    def keep_first_space(self) -> None:
+        """Take what comes first for the middle of a text: a space there is one."""
+
 
 def detokenizer_for(
     decoder: Mapping[str, Any], decode: Callable[[Sequence[int]], str]
@@ -55,6 +58,9 @@ class ByteLevel:
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
 
+    def keep_first_space(self) -> None:
+        pass
+
     def bytes_of(self, token: str) -> bytes:
         try:
             return bytes(_BYTE_OF[character] for character in token)
@@ -76,6 +82,9 @@ class Metaspace:
 
     def finish(self) -> str:
         return ""
+
+    def keep_first_space(self) -> None:
+        self._strips = False
 
     def bytes_of(self, token: str) -> bytes:
         return token.replace(self._mark, " ").encode()
@@ -100,6 +109,9 @@ class ByteFallback:
 
     def finish(self) -> str:
         return self._without_start(self._end_run())
+
+    def keep_first_space(self) -> None:
+        self._strip = 0
 
     def bytes_of(self, token: str) -> bytes:
         byte = _BYTE_TOKEN.fullmatch(token)
@@ -147,6 +159,9 @@ class Window:
 
     def finish(self) -> str:
         return self._emit(self._decode(self._ids)) if self._seen < len(self._ids) else ""
+
+    def keep_first_space(self) -> None:
+        pass  # what this decoder does to it is not known
 
     def bytes_of(self, token: str) -> bytes:
         return token.encode()

@@ -13,7 +13,7 @@ import tokenizers
 
 from mlxmodels.added_tokens import token_text
 from mlxmodels.checkpoint import eos_token_ids, read_optional_json
-from mlxmodels.detokenizer import Detokenizer, detokenizer_for
+from mlxmodels.detokenizer import Detokenizer, Window, detokenizer_for
 from mlxmodels.errors import ModelError
 from mlxmodels.sentencepiece_model import SentencePieceModel, find_model
 
@@ -111,6 +111,9 @@ class Tokenizer:
         self.special_ids = backend.special_ids
         """Ids that stand for no text."""
         self._spelling = self.detokenizer()
+        self.tokens_are_bytes = not isinstance(self._spelling, Window)
+        """Whether a text is the bytes of its tokens, one after the other. Not where a decoder puts
+        spaces or joins words by rules of its own."""
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
@@ -182,12 +185,15 @@ class StreamingDetokenizer:
 
     Text is held back only while the bytes of a character are incomplete, or, in vocabularies with
     byte fallback, until a run of byte tokens ends, since one bad byte changes the whole run.
+    A space that decoding drops from the start of a text stays with `keep_first_space`.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, keep_first_space: bool = False) -> None:
         self._special = tokenizer.special_ids
         self._token = tokenizer.token
         self._text = tokenizer.detokenizer()
+        if keep_first_space:
+            self._text.keep_first_space()
 
     def add(self, id: int) -> str:
         """The text that this id completes; "" for special tokens and ids that mean nothing."""

@@ -37,7 +37,39 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, metavar="P", help="0 to 1; 1 is off")
     group.add_argument("--top-k", type=int, metavar="K", help="0 is off")
     group.add_argument("--min-p", type=float, metavar="P", help="0 to 1; 0 is off")
+    group.add_argument("--typical-p", "--typical", type=float, metavar="P", help="0 to 1; 1 is off")
+    group.add_argument(
+        "--xtc-probability", type=float, metavar="P",
+        help="how often the likeliest tokens are excluded: 0 to 1; 0 is off",
+    )  # fmt: skip
+    group.add_argument(
+        "--xtc-threshold", type=float, metavar="P", help="how likely those are: 0 to 0.5"
+    )
+    group.add_argument(
+        "--repetition-penalty", "--repeat-penalty", type=float, metavar="F",
+        help="0.1 to 10; 1 is off",
+    )  # fmt: skip
+    group.add_argument("--presence-penalty", type=float, metavar="F", help="-2 to 2; 0 is off")
+    group.add_argument("--frequency-penalty", type=float, metavar="F", help="-2 to 2; 0 is off")
+    group.add_argument(
+        "--logit-bias", action="append", default=[], metavar="ID=BIAS",
+        help="make a token likelier, or less likely: -100 to 100 (repeatable)",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, help="same seed, same text")
+
+
+def _constraint_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "form of the answer", "At most one; what it allows is all that the model can write."
+    )
+    group.add_argument("--format", choices=["json"], help="any JSON object")
+    group.add_argument(
+        "-j", "--json-schema", metavar="SCHEMA", help="JSON of this schema: its text, or a file"
+    )
+    group.add_argument("--regex", metavar="REGEX", help="text that this matches from end to end")
+    group.add_argument(
+        "--grammar", "--grammar-file", metavar="FILE", help="text of this Lark grammar"
+    )
 
 
 def _server_options(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +127,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"default: {RUN_MAX_TOKENS}",
     )
+    run.add_argument(
+        "--min-tokens", type=int, default=0, metavar="N", help="the answer does not end before"
+    )
+    run.add_argument(
+        "--ignore-eos", action="store_true", help="the model cannot end the answer by itself"
+    )
     run.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
     run.add_argument(
         "--no-wait", action="store_true", help="fail instead of waiting while another model answers"
@@ -111,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--json", action="store_true", help="events, one JSON object a line")
     run.add_argument("--stats", action="store_true", help="counts and speeds on standard error")
+    _constraint_options(run)
     _sampling_options(run)
 
     serve = commands.add_parser("serve", help="the REST endpoint alone")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import sys
 import uuid
 
 import msgspec
 
 from app.cli import RUN_MAX_TOKENS
+from app.cli.constraint import constraint_of
 from app.cli.models import model_for
 from app.cli.terminal import StatusLine, bar
 from app.engine.client import EngineClient
@@ -34,6 +36,10 @@ from app.errors import GryphonError
 from app.library.adapters import with_adapter
 from app.library.installed import find_model
 
+_SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "typical_p", "xtc_probability", "xtc_threshold"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
+)
 _PHASES = {"queue": "waiting", "swap": "waiting", "load": "loading", "prefill": "reading"}
 
 
@@ -90,11 +96,8 @@ def _request(arguments: argparse.Namespace, prompt: str, model: ModelRef) -> Gen
         raise GryphonError("usage", "--system needs a chat template, so it excludes --raw.")
     messages = [Message("system", arguments.system)] if arguments.system else []
     messages.append(Message("user", prompt))
-    chosen = {
-        name: value
-        for name in ("temperature", "top_p", "top_k", "min_p", "seed")
-        if (value := getattr(arguments, name)) is not None
-    }
+    chosen = {name: getattr(arguments, name) for name in _SAMPLING}
+    chosen["logit_bias"] = _logit_bias(arguments.logit_bias) or None
     return GenerationRequest(
         id=uuid.uuid4().hex,
         model=model,
@@ -102,9 +105,28 @@ def _request(arguments: argparse.Namespace, prompt: str, model: ModelRef) -> Gen
         prompt=prompt if arguments.raw else None,
         sampling=Sampling(**chosen),
         max_tokens=RUN_MAX_TOKENS if arguments.max_tokens is None else arguments.max_tokens,
+        min_tokens=arguments.min_tokens,
+        ignore_eos=arguments.ignore_eos,
+        constraint=constraint_of(arguments),
         stop=arguments.stop,
         wait_for_model=not arguments.no_wait,
     )
+
+
+def _logit_bias(pairs: list[str]) -> dict[int, float]:
+    """Of "ID=BIAS", or llama.cpp's "ID+BIAS" and "ID-BIAS"."""
+    bias: dict[int, float] = {}
+    for pair in pairs:
+        found = re.fullmatch(r"([0-9]+)(?:=|(?=[+-]))([+-]?[0-9.]+)", pair)
+        try:
+            if found is None:
+                raise ValueError
+            bias[int(found[1])] = float(found[2])
+        except ValueError as error:
+            raise GryphonError(
+                "usage", f"--logit-bias takes ID=BIAS, for example 42=-3.5, got {pair!r}."
+            ) from error
+    return bias
 
 
 async def _answer(

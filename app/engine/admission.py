@@ -35,7 +35,7 @@ def admit(row: Row, resident: ResidentModel, prefixes: PrefixCache | None) -> No
         row.fail(error.code, error.message)
         return
     loaded, request = resident.loaded, row.generation
-    row.text = TextStream(loaded.tokenizer, request.stop)
+    row.text = TextStream(loaded.tokenizer, request.stop, exact=row.matcher is not None)
     row.sampling = RowSampling.of(
         request.sampling,
         resident.recommended,

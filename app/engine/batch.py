@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
+from app.engine.matcher import Matcher
 from app.engine.penalties import Penalties
 from app.engine.protocol import (
     Event,
@@ -48,6 +51,8 @@ class Row:
     prompt: list[int] = field(default_factory=list)
     boundaries: list[int] = field(default_factory=list)
     """Lengths of prefixes of the prompt that other prompts are likely to begin with."""
+    matcher: Matcher | None = None
+    """Where its answer is in the constraint it was given."""
     done: bool = False
     announced_wait: bool = False
 
@@ -104,15 +109,22 @@ class Row:
 
     def finish(self, reason: FinishReason, text: str = "") -> None:
         """Send the one `Finished` of this row."""
-        if not self.done:
-            self.done = True
+        if self._ends():
             self.emit(Finished(self.request.id, reason, self.usage, self.timings(), text))
 
     def fail(self, code: str, message: str, retry_after: float | None = None) -> None:
         """Send the one `Failed` of this row."""
-        if not self.done:
-            self.done = True
+        if self._ends():
             self.emit(Failed(self.request.id, code, message, retry_after))
+
+    def _ends(self) -> bool:
+        """Whether it had not ended before; it has now."""
+        if self.done:
+            return False
+        self.done = True
+        if self.matcher is not None:
+            self.matcher.close()
+        return True
 
 
 @dataclass
@@ -219,9 +231,25 @@ class Batch:
         self.inputs = self.inputs[mx.array(keep, mx.int32)] if keep else self.inputs[:0]
         self._settings = None
 
-    def launch(self, model: nn.Module) -> Launch:
-        """Start one decode step: every row feeds its token and draws its next."""
-        logits = model(self.inputs[:, None], cache=self.caches)[:, -1]
+    @property
+    def is_constrained(self) -> bool:
+        """Whether some row must know its last token before it can draw the next."""
+        return any(row.matcher is not None for row in self.rows)
+
+    def forward(self, model: nn.Module) -> mx.array:
+        """Every row feeds its token: logits of the next, [B, V], being computed or yet to be."""
+        logits: mx.array = model(self.inputs[:, None], cache=self.caches)[:, -1]
+        if self.is_constrained:
+            mx.async_eval(logits)  # so that it runs while the last tokens are read
+        return logits
+
+    def draw(self, logits: mx.array, allowed: NDArray[np.bool_] | None = None) -> Launch:
+        """Every row draws its next token, and the step is started.
+
+        Args:
+            logits: [B, V], of `forward`.
+            allowed: [B, V], which tokens constraints leave each row; None is all to all.
+        """
         if self._settings is None:
             self._settings = BatchSampling.of([row.sampling for row in self.rows if row.sampling])
             self._penalties.follow(self.rows, logits.shape[-1])
@@ -231,8 +259,8 @@ class Batch:
             uniforms.append(row.generator.uniform())
             chance = row.sampling.xtc_probability
             exclude_top.append(chance > 0 and row.generator.coin(chance))
-        changed = self._penalties.apply(logits)
-        tokens = sample(changed, self._settings, uniforms, exclude_top)
+        choices = logits if allowed is None else mx.where(mx.array(allowed), logits, -mx.inf)
+        tokens = sample(self._penalties.apply(choices), self._settings, uniforms, exclude_top)
         self._penalties.count(tokens)
         launch = Launch.of(list(self.rows), logits, tokens)
         self.inputs = launch.tokens

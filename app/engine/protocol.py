@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from app.engine.constraint import Constraint, check_constraint
 from app.errors import GryphonError
 
 PROTOCOL_VERSION = 3
@@ -65,12 +66,13 @@ class Message(msgspec.Struct, frozen=True):
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen.
 
-    In this order: logit_bias; repetition_penalty; presence_penalty and frequency_penalty; the ends
-    of sequence that min_tokens and ignore_eos forbid; temperature; top_k; typical_p; top_p; min_p;
-    XTC; then one token is drawn from what is left. Each filter sees what those before it left, made
-    a distribution again; of equally likely tokens top_k and top_p take those of lower id first.
-    This is llama.cpp's order, but temperature comes before the filters, as in transformers and
-    vLLM, for which the settings that models recommend are chosen.
+    In this order: a constraint, which leaves what it allows; logit_bias; repetition_penalty;
+    presence_penalty and frequency_penalty; the ends of sequence that min_tokens and ignore_eos
+    forbid; temperature; top_k; typical_p; top_p; min_p; XTC; then one token is drawn from what is
+    left. Each filter sees what those before it left, made a distribution again; of equally likely
+    tokens top_k and top_p take those of lower id first. This is llama.cpp's order, but temperature
+    comes before the filters, as in transformers and vLLM, for which the settings that models
+    recommend are chosen.
 
     None leaves a setting to the model's own generation_config.json, and where that says nothing to
     `HOUSE_SAMPLING`. Settings out of range are refused by `check_request`. Logprobs are those of
@@ -151,6 +153,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     speculation: PromptLookup | DraftModel | None = None
     """Guess tokens and have the model check several in one pass. The answer is the same; `Usage`
     says how many guesses were right. A row whose guesses are not ends up without it."""
+    constraint: Constraint | None = None
+    """What the answer is forced to be; `Constraint` says how that goes with the other fields."""
     wait_for_model: bool = True
     """False: fail with `model_busy` instead of waiting to swap out a model that is in use."""
 
@@ -166,8 +170,8 @@ def check_request(request: GenerationRequest) -> None:
     """Refuse what no model could answer.
 
     Raises:
-        GryphonError: "invalid_request" or "invalid_sampling", naming the field, what it may be
-            and what it is.
+        GryphonError: "invalid_request", "invalid_sampling" or "invalid_constraint", naming the
+            field, what it may be and what it is.
     """
     given = [request.messages, request.prompt, request.prompt_tokens]
     if sum(part is not None for part in given) != 1:
@@ -203,8 +207,15 @@ def check_request(request: GenerationRequest) -> None:
             "invalid_request",
             f"top_logprobs must be 0 to {MAX_TOP_LOGPROBS}, got {request.top_logprobs}.",
         )
+    if request.constraint is not None:
+        check_constraint(request.constraint)
     check_sampling(request.sampling)
     _check_speculation(request.speculation)
+    if request.constraint is not None and request.speculation is not None:
+        raise GryphonError(
+            "invalid_request",
+            "constraint and speculation cannot be combined: leave one of them out.",
+        )
 
 
 def _check_speculation(speculation: PromptLookup | DraftModel | None) -> None:

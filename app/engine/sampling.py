@@ -205,6 +205,10 @@ def sample(
     threshold = mx.array(uniforms, dtype=mx.float32)[:, None] * cumulative[:, -1:]
     index = (cumulative <= threshold).sum(axis=-1)
     index = mx.minimum(index, logits.shape[-1] - 1).astype(mx.int32)
+    # A GPU sums in parallel, so sums over the same numbers and some zeros may differ in their last
+    # bits: what was dropped must not be drawn for that.
+    chance = mx.take_along_axis(probs, index[:, None], axis=-1)[:, 0]
+    index = mx.where(chance > 0, index, best)
     return mx.where(settings.greedy, best, index)
 
 

@@ -7,7 +7,9 @@ row's first input to the batch, so every forward pass but those of prefill serve
 
 Decoding is one step ahead of reading: a step is launched with the tokens of the step before, still
 unread, and only then are those read, turned into text and sent. A row that turns out to have ended
-leaves the batch then; what the launched step computed for it is dropped.
+leaves the batch then; what the launched step computed for it is dropped. A row with a constraint
+needs its last token to know what may come next: where there is one, the forward pass is launched,
+the step before is read while it runs, and only then is the next token drawn.
 
 A row that speculates decodes in a lane of its own (`app.engine.speculation`); one lane runs after
 each step of the batch.
@@ -34,6 +36,7 @@ import mlx.core as mx
 from app.engine import kernels
 from app.engine.admission import PREFILL_CHUNK, admit
 from app.engine.batch import Batch, Emit, Launch, Row
+from app.engine.constrained import allowed_tokens
 from app.engine.memory import available_bytes
 from app.engine.prefix_cache import PrefixCache, can_keep
 from app.engine.protocol import (
@@ -359,9 +362,13 @@ class Scheduler:
         launch = None
         if self._batch.rows:
             assert self._resident is not None
-            launch = self._batch.launch(self._resident.loaded.model)
-        if self._in_flight is not None:
-            self._read(self._in_flight)
+            logits = self._batch.forward(self._resident.loaded.model)
+            allowed = None
+            if self._batch.is_constrained:
+                self._read_in_flight()  # while the logits are computed
+                allowed = allowed_tokens(self._batch.rows, logits.shape[-1])
+            launch = self._batch.draw(logits, allowed)
+        self._read_in_flight()
         self._in_flight = launch
         self._drop(lambda row: row.done)
 
@@ -378,8 +385,11 @@ class Scheduler:
             else:
                 self._batch.join(row)
 
-    def _read(self, launch: Launch) -> None:
-        """Turn the tokens of a launched step into events."""
+    def _read_in_flight(self) -> None:
+        """Turn the tokens of the step launched before into events."""
+        launch, self._in_flight = self._in_flight, None
+        if launch is None:
+            return
         tokens = launch.token_ids()
         now = time.monotonic()
         for index, row in enumerate(launch.rows):
@@ -390,9 +400,12 @@ class Scheduler:
     def _deliver(self, row: Row, token_id: int, launch: Launch, index: int) -> None:
         assert self._resident is not None and row.text is not None
         row.answer.append(token_id)
-        if token_id in self._resident.loaded.eos_token_ids:
+        is_end = token_id in self._resident.loaded.eos_token_ids
+        if is_end and (row.matcher is None or row.matcher.may_end):
             row.finish("stop", row.text.finish())
             return
+        if row.matcher is not None:
+            row.matcher.advance(token_id)
         row.generated += 1
         may_stop = row.generated >= row.generation.min_tokens
         text, stopped = row.text.add(token_id, may_stop=may_stop)

@@ -12,10 +12,11 @@ class TextStream:
 
     Bytes wait until they form characters. Text that may be the beginning of a stop string waits
     until it cannot be one any more; the stop string itself and what follows never come out.
+    With `exact`, the text is the tokens' bytes and nothing is dropped from its start.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._detokenizer = StreamingDetokenizer(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, exact: bool = False) -> None:
+        self._detokenizer = StreamingDetokenizer(tokenizer, keep_first_space=exact)
         self._stop = tuple(stop)
         self._held = ""
         self._passed = 0  # how much of what is held came while no stop string could end

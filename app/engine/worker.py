@@ -24,6 +24,7 @@ import msgspec
 
 import app
 from app.engine import blas
+from app.engine.matcher import Matcher, Matchers
 from app.engine.preparation import Preparer, Prompt, TokenizedPrompt
 from app.engine.protocol import (
     PROTOCOL_VERSION,
@@ -119,13 +120,17 @@ class Connection:
             else:
                 prompt = Prompt(request.model.path, request.messages, request.prompt)
                 tokenized = await self._engine.preparer.prepare(prompt)
+            matcher = None
+            if request.constraint is not None:  # last: from here on it belongs to the row
+                path = request.model.path
+                matcher = await self._engine.matchers.start(path, request.constraint)
         except GryphonError as error:
             self.send(Failed(request.id, error.code, error.message, error.retry_after))
         except Exception as error:
             logger.exception("preparing a request failed")
             self.send(Failed(request.id, "engine_error", f"The engine failed: {error}"))
         else:
-            self._submit(request, tokenized, started)
+            self._submit(request, tokenized, started, matcher)
 
     def _row(
         self, request: GenerationRequest | LoadModel, prompt: TokenizedPrompt, started: float
@@ -140,8 +145,10 @@ class Connection:
         request: GenerationRequest | LoadModel,
         prompt: TokenizedPrompt,
         started: float | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         row = self._row(request, prompt, started or time.monotonic())
+        row.matcher = matcher
         self.rows[request.id] = row
         self._engine.scheduler.submit(row)
 
@@ -158,6 +165,7 @@ class Engine:
     def __init__(self, backend: blas.Blas, device: str, scheduler: Scheduler) -> None:
         self.connections = 0
         self.preparer = Preparer(Settings.from_environment().prompt_time_limit_s)
+        self.matchers = Matchers()
         self.scheduler = scheduler
         self._backend = backend
         self._device = device

@@ -106,6 +106,37 @@ def test_an_adapter_is_a_model_of_its_own_until_it_is_removed(
     assert gone.returncode == 1 and "tiny+mine" in gone.stderr
 
 
+def test_the_form_of_the_answer_is_what_was_asked(tiny: Path, tmp_path: Path) -> None:
+    schema = '{"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], '
+    schema += '"additionalProperties": false}'
+    (tmp_path / "schema.json").write_text(schema)
+    (tmp_path / "sky.lark").write_text('start: "the sky is " ("blue" | "grey")')
+    (tmp_path / "llama.gbnf").write_text('root ::= "yes" | "no"')
+    for given in (schema, str(tmp_path / "schema.json")):
+        assert json.loads(gryphon("run", "--json-schema", given, "Hi").stdout)["ok"] in (
+            True,
+            False,
+        )
+    assert gryphon("run", "--regex", "(yes|no)", "Hi").stdout in ("yes\n", "no\n")
+    done = gryphon("run", "--grammar", str(tmp_path / "sky.lark"), "Hi")
+    assert done.stdout in ("the sky is blue\n", "the sky is grey\n")
+    done = gryphon("run", "--format", "json", "--max-tokens", "20", "Hi")
+    assert done.stdout.startswith("{")
+    refused = gryphon("run", "--grammar", str(tmp_path / "llama.gbnf"), "Hi")
+    assert refused.returncode == 2 and "Lark" in refused.stderr
+
+
+def test_every_sampling_option_reaches_the_engine(tiny: Path) -> None:
+    """The letter A, as llama.cpp's and our own spelling of a bias makes the only choice."""
+    biased = ["--logit-bias", "32=100", "--logit-bias", "33-100", "--ignore-eos"]
+    others = ["--typical-p", "1", "--xtc-probability", "0", "--xtc-threshold", "0.2"]
+    others += ["--repeat-penalty", "1", "--presence-penalty", "0", "--frequency-penalty", "0"]
+    done = gryphon("run", *biased, *others, "--min-tokens", "3", "--max-tokens", "4", "Hi")
+    assert done.stdout == "AAAA\n", done.stderr
+    often = ["--logit-bias", "32=60", "--frequency-penalty", "2", "--repetition-penalty", "10"]
+    assert gryphon("run", *often, "--max-tokens", "8", "Hi").stdout != "A" * 8 + "\n"
+
+
 @pytest.mark.parametrize(
     ("words", "stdin", "status", "said"),
     [
@@ -118,6 +149,19 @@ def test_an_adapter_is_a_model_of_its_own_until_it_is_removed(
         (["run", "--temperature", "5", "Hi"], None, 1, "temperature must be 0 to 2, got 5"),
         (["run", "--max-tokens", "0", "Hi"], None, 1, "max_tokens"),
         (["run", "--top-p", "2", "Hi"], None, 1, "top_p"),
+        (["run", "--typical-p", "2", "Hi"], None, 1, "typical_p must be 0 to 1"),
+        (["run", "--xtc-threshold", "0.6", "Hi"], None, 1, "xtc_threshold must be 0 to 0.5"),
+        (["run", "--repeat-penalty", "0", "Hi"], None, 1, "repetition_penalty must be 0.1 to 10"),
+        (["run", "--logit-bias", "x=1", "Hi"], None, 2, "ID=BIAS"),
+        (["run", "--logit-bias", "1=1.2.3", "Hi"], None, 2, "ID=BIAS"),
+        (["run", "--logit-bias", "1=101", "Hi"], None, 1, "-100 to 100"),
+        (["run", "--min-tokens", "-1", "Hi"], None, 1, "min_tokens"),
+        (["run", "--format", "json", "--regex", "a", "Hi"], None, 2, "--format and --regex"),
+        (["run", "--format", "xml", "Hi"], None, 2, "--format"),
+        (["run", "-j", "nowhere.json", "Hi"], None, 2, "nowhere.json"),
+        (["run", "-j", '{"nullable": true}', "Hi"], None, 1, "nullable"),
+        (["run", "--grammar", "/dev/zero", "Hi"], None, 2, "262144 bytes"),
+        (["run", "-m", "tiny", "--regex", "(", "Hi"], None, 1, "unclosed group"),
         (["run", "--raw", "--system", "x", "Hi"], None, 2, "--raw"),
         (["run", "--temperature", "warm", "Hi"], None, 2, "--temperature"),
         (["run", "--draft", "a", "--prompt-lookup", "Hi"], None, 2, "not allowed with"),
