@@ -11,6 +11,8 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from app.engine.answer import NOTHING, AnswerStream, Released, new_call_id
+from app.engine.answer_parts import PLAIN, AnswerFormat
 from app.engine.penalties import Penalties
 from app.engine.protocol import (
     Event,
@@ -20,6 +22,7 @@ from app.engine.protocol import (
     GenerationRequest,
     LoadModel,
     Timings,
+    ToolCall,
     Usage,
 )
 from app.engine.sampling import (
@@ -30,7 +33,6 @@ from app.engine.sampling import (
     sample,
     top_logprobs,
 )
-from app.engine.text import TextStream
 
 Emit = Callable[[Event], None]
 
@@ -45,6 +47,9 @@ class Row:
     prompt: list[int] = field(default_factory=list)
     boundaries: list[int] = field(default_factory=list)
     """Lengths of prefixes of the prompt that other prompts are likely to begin with."""
+    format: AnswerFormat = PLAIN
+    notice: str = ""
+    """What a person should know of the prompt."""
     done: bool = False
     announced_wait: bool = False
 
@@ -63,7 +68,7 @@ class Row:
     """Tokens read, the one that ended it included."""
     generated: int = 0
     """Tokens read and sent."""
-    text: TextStream | None = None
+    text: AnswerStream | None = None
     sampling: RowSampling | None = None
     generator: RowGenerator | None = None
 
@@ -95,11 +100,21 @@ class Row:
             decode_s=now - first,
         )
 
-    def finish(self, reason: FinishReason, text: str = "") -> None:
-        """Send the one `Finished` of this row."""
-        if not self.done:
-            self.done = True
-            self.emit(Finished(self.request.id, reason, self.usage, self.timings(), text))
+    def send_calls(self, released: Released) -> None:
+        """Send what the model called."""
+        for call in released.calls:
+            self.emit(ToolCall(self.request.id, new_call_id(), call.name, call.arguments))
+
+    def finish(self, reason: FinishReason, rest: Released = NOTHING) -> None:
+        """Send the rest of the answer and the one `Finished` of this row."""
+        if self.done:
+            return
+        self.done = True
+        self.send_calls(rest)
+        if reason == "stop" and self.text is not None and self.text.calls:
+            reason = "tool_calls"
+        usage, timings = self.usage, self.timings()
+        self.emit(Finished(self.request.id, reason, usage, timings, rest.text, rest.reasoning))
 
     def fail(self, code: str, message: str, retry_after: float | None = None) -> None:
         """Send the one `Failed` of this row."""

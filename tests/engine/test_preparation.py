@@ -38,7 +38,7 @@ async def test_text_and_messages_become_ids_in_one_process(preparer: Preparer, m
     prepared = await preparer.prepare(Prompt(str(model), text="héllo"))
     assert len(prepared.tokens) == 6
     first = preparer._process
-    tokens, _ = await preparer.prepare(Prompt(str(model), messages=[Message("user", "Hi")]))
+    tokens, *_ = await preparer.prepare(Prompt(str(model), messages=[Message("user", "Hi")]))
     assert 256 in tokens and 257 in tokens  # the template's special tokens, not their letters
     assert preparer._process is first
 
