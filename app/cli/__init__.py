@@ -99,6 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-wait", action="store_true", help="fail instead of waiting while another model answers"
     )
     run.add_argument("--json", action="store_true", help="events, one JSON object a line")
+    run.add_argument(
+        "--hide-thinking", action="store_true", help="do not show what the model thinks first"
+    )
     run.add_argument("--stats", action="store_true", help="counts and speeds on standard error")
     _sampling_options(run)
 

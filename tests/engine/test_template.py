@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from app.engine.protocol import Message
 from app.engine.chat_prompt import ChatPrompts
+from app.engine.protocol import Message
 from app.engine.template import ChatTemplate, PromptEncoder
 from app.errors import GryphonError
 

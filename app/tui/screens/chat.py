@@ -167,7 +167,7 @@ class ChatScreen(Screen[None]):
     async def _follow(self, answering: Answering, widget: AnswerMessage) -> None:
         """Paint an answer as it comes, no faster than painting can be afforded."""
         pace = Pace()
-        shown = await self._paint(answering, widget, 0)
+        shown = await self._paint(answering, widget, (0, 0))
         while not answering.ended.is_set():
             await answering.changed.wait()
             answering.changed.clear()
@@ -179,12 +179,16 @@ class ChatScreen(Screen[None]):
         self._show_status()
         await self.session.settled()
 
-    async def _paint(self, answering: Answering, widget: AnswerMessage, shown: int) -> int:
-        text = answering.text
+    async def _paint(
+        self, answering: Answering, widget: AnswerMessage, shown: tuple[int, int]
+    ) -> tuple[int, int]:
+        text, reasoning = answering.text, answering.reasoning
         widget.show_activity("" if text else answering.activity)
-        await widget.add(text[shown:])
+        if len(reasoning) > shown[1]:
+            widget.show_thinking(reasoning)
+        await widget.add(text[shown[0] :])
         self._show_status()
-        return len(text)
+        return len(text), len(reasoning)
 
     async def action_stop(self) -> None:
         """Stop what is going on: first ask the engine, when asked again stop waiting for it."""
