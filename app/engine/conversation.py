@@ -53,14 +53,17 @@ class Message(msgspec.Struct, frozen=True):
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024
 MAX_TOOL_CALLS = 1024
+MAX_ARGUMENTS_CHARACTERS = 4 * 1024 * 1024
 MAX_OPTIONS_BYTES = 64 * 1024
 MAX_JSON_DEPTH = 32
+MAX_JSON_VALUES = 100_000
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 # What the engine itself gives to templates, under the names that transformers gives it.
 RESERVED_OPTIONS = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+    | {"xml_tools", "python_tools"}
     | {"raise_exception", "strftime_now", "range", "dict", "lipsum", "cycler", "joiner"}
     | {"namespace", "loop", "self", "caller", "varargs", "kwargs"}
     | {f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")}
@@ -105,7 +108,7 @@ def check_messages(messages: Sequence[Message]) -> None:
     Raises:
         GryphonError: "invalid_request", naming the message and what is wrong with it.
     """
-    calls = 0
+    calls = size = 0
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if message.role != "assistant" and (message.tool_calls or message.reasoning):
@@ -118,6 +121,12 @@ def check_messages(messages: Sequence[Message]) -> None:
         if message.name and message.role == "tool":
             _check_name(message.name, f"The tool's name in {where}")
         for call in message.tool_calls:
+            size += len(call.arguments)
+            if size > MAX_ARGUMENTS_CHARACTERS:
+                raise _invalid(
+                    f"The arguments of the tool calls in messages may have "
+                    f"{MAX_ARGUMENTS_CHARACTERS} characters in all."
+                )
             _check_name(call.name, f"A called tool's name in {where}")
             if parsed_arguments(call.arguments) is None:
                 raise _invalid(
@@ -156,9 +165,13 @@ def parsed_arguments(text: str) -> dict[str, Any] | None:
 
 
 def depth_of(value: Any) -> int:
-    """Levels of objects and arrays; `MAX_JSON_DEPTH` + 1 for anything deeper."""
-    level, depth = [value], 0
+    """Levels of objects and arrays; `MAX_JSON_DEPTH` + 1 for anything deeper, or of more than
+    `MAX_JSON_VALUES` values."""
+    level, depth, values = [value], 0, 0
     while level and depth <= MAX_JSON_DEPTH:
+        values += len(level)
+        if values > MAX_JSON_VALUES:
+            return MAX_JSON_DEPTH + 1
         inner = [item for item in level if isinstance(item, (dict, list, tuple))]
         depth += bool(inner)
         level = [
@@ -169,7 +182,9 @@ def depth_of(value: Any) -> int:
 
 def _json_size(value: Any, what: str) -> int:
     if depth_of(value) > MAX_JSON_DEPTH:
-        raise _invalid(f"{what} may have {MAX_JSON_DEPTH} levels at most.")
+        raise _invalid(
+            f"{what} may have {MAX_JSON_DEPTH} levels at most, and {MAX_JSON_VALUES} values."
+        )
     try:
         return len(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError) as error:

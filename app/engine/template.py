@@ -108,6 +108,7 @@ class ChatTemplate:
                     **(options or {}),
                     "messages": messages,
                     "tools": tools,
+                    "xml_tools": tools and [tool["function"] for tool in tools],  # SmolLM3's name
                     "documents": None,
                     "add_generation_prompt": True,
                     **self._tokens,

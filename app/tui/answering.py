@@ -44,6 +44,8 @@ class Answering:
         self.request = request
         self.text = ""
         self.reasoning = ""
+        self.notice = ""
+        """What the engine says about how this runs."""
         self.activity = "waiting"
         self.prompt_tokens = 0
         self.context_length: int | None = None
@@ -94,6 +96,7 @@ class Answering:
             case Accepted():
                 self.prompt_tokens = event.prompt_tokens
                 self.context_length = event.context_length
+                self.notice = event.notice
                 self.activity = "prefill"
             case Progress():
                 self.activity = describe(event)

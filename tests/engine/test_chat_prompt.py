@@ -186,6 +186,19 @@ GRANITE = """
 {%- if add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}
 """
 
+# SmolLM3 takes tools under a name of its own, writes them as Python, and leaves calls to the content.
+SMOLLM3 = """
+{{- "<|im_start|>system\\n" }}
+{%- if xml_tools %}{{- "Call them in <tool_call></tool_call>:\\n<tools>" }}{%- for tool in xml_tools %}{{- tool | string }}{%- endfor %}{{- "</tools>" }}{%- endif %}
+{{- "<|im_end|>\\n" }}
+{%- for message in messages %}
+    {%- if message.role == "user" %}{{- "<|im_start|>user\\n" + message.content + "<|im_end|>\\n" }}
+    {%- elif message.role == "assistant" %}{{- "<|im_start|>assistant\\n" + message.content.lstrip("\\n") + "<|im_end|>\\n" }}
+    {%- elif message.role == "tool" %}{{- "<|im_start|>user\\n" + message.content + "<|im_end|>\\n" }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|im_start|>assistant\\n" }}{%- endif %}
+"""
+
 
 def prompt(source: str | dict[str, str], *given: Any, **options: Any) -> ChatPrompt:
     sources = {"default": source} if isinstance(source, str) else source
@@ -273,6 +286,7 @@ TEMPLATES = {
     "deepseek": (DEEPSEEK, "deepseek"),
     "qwen-coder": (QWEN_CODER, "qwen_xml"),
     "granite": (GRANITE, "granite"),
+    "smollm3": (SMOLLM3, "hermes"),
 }
 
 

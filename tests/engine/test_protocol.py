@@ -185,6 +185,8 @@ def _calling(arguments: str, name: str = "f") -> list[Message]:
         ({"tools": [Tool("f", "", {"a": math.nan})]}, "parameters of 'f' must be JSON"),
         ({"tools": [Tool("f")], "tool_choice": "g"}, "tool_choice must be auto, none, required"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [Tool("f", "", {"a": [0] * 100_001})]}, "and 100000 values"),
+        ({"messages": _calling('{"a": "' + "x" * 2**22 + '"}')}, "4194304 characters in all"),
         ({"template_options": {"messages": []}}, "may not hold 'messages'"),
         ({"template_options": {"bos_token": "x"}}, "may not hold 'bos_token'"),
         ({"template_options": {"a.b": 1}}, "no variable's name"),

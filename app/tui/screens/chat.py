@@ -176,6 +176,8 @@ class ChatScreen(Screen[None]):
                 await asyncio.wait_for(answering.ended.wait(), pace.next_interval())
         await self._paint(answering, widget, shown)
         widget.finish(answering.row)
+        if answering.notice:
+            self._tell(answering.notice)
         self._show_status()
         await self.session.settled()
 
@@ -291,8 +293,11 @@ class ChatScreen(Screen[None]):
 
     def _trouble(self, error: GryphonError) -> None:
         """Say what went wrong, once, below the conversation; what is on screen stays."""
-        if all(notice.text != error.message for notice in self.transcript.query(Notice)):
-            self.transcript.mount(Notice(error.message, is_error=True))
+        self._tell(error.message, is_error=True)
+
+    def _tell(self, text: str, *, is_error: bool = False) -> None:
+        if all(notice.text != text for notice in self.transcript.query(Notice)):
+            self.transcript.mount(Notice(text, is_error=is_error))
 
     def _show_status(self) -> None:
         session = self.session
