@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from app.engine.answer import AnswerStream
 from app.engine.answer_parts import AnswerFormat, AnswerParts, Reasoning, Text
 from app.engine.call_formats import CALL_FORMATS
 from app.engine.call_readers import Call
 from app.engine.conversation import Tool
+from mlxmodels.tokenizer import Tokenizer
+
+from ..tiny_models import byte_tokenizer
 
 WEATHER = Tool(
     "get_weather",
@@ -258,6 +263,43 @@ def test_special_markers_are_never_text() -> None:
     format = AnswerFormat(THINK, calls="mistral")
     assert read(format, "a</think> b<think>c", special=special) == [Text("a bc")]
     assert read(format, "a [TOOL_CALLS]nothing{}", special=special) == [Text("a nothing{}")]
+
+
+# Tokens.
+
+
+def _stream(tmp_path: Path, pieces: list[str], special: list[str], stop: list[str]) -> list[Any]:
+    """What each of the pieces releases, one token each, and the end."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([piece for piece in pieces if piece not in special and len(piece) > 1])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ids = [id for piece in pieces for id in tokenizer.encode(piece).ids]
+    format = AnswerFormat(THINK, calls="hermes")
+    stream = AnswerStream(Tokenizer.from_directory(tmp_path), stop, format, TOOLS)
+    return [*map(stream.add, ids), stream.finish()]
+
+
+def test_text_behind_a_call_comes_behind_it(tmp_path: Path) -> None:
+    written = 'one<tool_call>{"name": "now"}</tool_call>two'
+    first, second, last = _stream(tmp_path, [written, "three"], [], [])
+    assert (first.text, first.calls) == ("one", [NOW])
+    assert (second.text, second.calls, last.text) == ("twothree", [], "")
+
+
+def test_reasoning_ends_at_a_special_token_and_stop_strings_begin_behind_it(tmp_path: Path) -> None:
+    pieces = ["<think>", "ok é", "</think>", "Yes"]
+    released = _stream(tmp_path, pieces, ["<think>", "</think>"], ["o"])
+    assert "".join(r.reasoning for r in released) == "ok é"
+    assert "".join(r.text for r in released) == "Yes"
+
+
+def test_text_held_for_a_stop_string_comes_before_the_call(tmp_path: Path) -> None:
+    pieces = ["so EN", '<tool_call>{"name": "now"}', "</tool_call>", "D"]
+    released = _stream(tmp_path, pieces, [], ["END"])
+    assert not any(r.has_stopped for r in released)
+    assert [r.text for r in released if r.calls] == ["EN"]
+    assert "".join(r.text for r in released) == "so END"
 
 
 # Properties.
