@@ -53,7 +53,6 @@ _DEEPSEEK = ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁ca
 
 _MARKED = {
     "hermes": ("<tool_call>", "</tool_call>"),  # Qwen 2.5 and 3, Hermes, SmolLM3, Granite 4
-    "granite": ("<|tool_call|>", "<|/tool_call|>"),  # Granite 3; Phi-4 mini
     "nemotron": ("<toolcall>", "</toolcall>"),  # Nemotron mini
     "nemotron_nano": ("<TOOLCALL>", "</TOOLCALL>"),
     "command": ("<|START_ACTION|>", "<|END_ACTION|>"),
@@ -72,6 +71,11 @@ def _read_list(text: str, tools: Tools) -> Calls | None:
 def _formats() -> dict[str, CallFormat]:
     begin, separator, end = _DEEPSEEK
     return {name: _marked(*markers) for name, markers in _MARKED.items()} | {
+        "granite": CallFormat(
+            {"<|tool_call|>": json_reader()},
+            closers=("<|/tool_call|>",),
+            written=("<|tool_call|>[", "]"),
+        ),
         "mistral": CallFormat(
             {
                 "[TOOL_CALLS]": json_reader(
@@ -108,7 +112,11 @@ def _formats() -> dict[str, CallFormat]:
         "pythonic": CallFormat(
             {"<|python_tag|>": read_pythonic}, bare=read_pythonic, bare_start="["
         ),
-        "lfm2": CallFormat({"<|tool_call_start|>": _read_list}, closers=("<|tool_call_end|>",)),
+        "lfm2": CallFormat(
+            {"<|tool_call_start|>": _read_list},
+            closers=("<|tool_call_end|>",),
+            written=("<|tool_call_start|>[", "]<|tool_call_end|>"),
+        ),
     }
 
 
@@ -126,8 +134,10 @@ def call_format_of(written: str) -> str | None:
         return "qwen_xml" if "<parameter=" in written else "functions"
     if "[TOOL_CALLS]" in written:
         return "mistral"
-    if "<|tool_call_start|>" in written:
+    if "<|tool_call_start|>" in written or "<|tool_list_start|>" in written:
         return "lfm2"
+    if "<|tool_call|>" in written:
+        return "granite"
     for name, (opener, _) in _MARKED.items():
         if opener in written:
             return name

@@ -199,6 +199,16 @@ SMOLLM3 = """
 {%- if add_generation_prompt %}{{- "<|im_start|>assistant\\n" }}{%- endif %}
 """
 
+# LFM2 says nothing of how calls are written.
+LFM2 = """
+{{- bos_token -}}
+{%- if tools -%}{{- "<|im_start|>system\\nList of tools: <|tool_list_start|>[" -}}{%- for tool in tools -%}{{- tool | tojson -}}{%- endfor -%}{{- "]<|tool_list_end|><|im_end|>\\n" -}}{%- endif -%}
+{%- for message in messages -%}
+    {{- "<|im_start|>" + message["role"] + "\\n" + message["content"] + "<|im_end|>\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|im_start|>assistant\\n" -}}{%- endif -%}
+"""
+
 
 def prompt(source: str | dict[str, str], *given: Any, **options: Any) -> ChatPrompt:
     sources = {"default": source} if isinstance(source, str) else source
@@ -287,6 +297,7 @@ TEMPLATES = {
     "qwen-coder": (QWEN_CODER, "qwen_xml"),
     "granite": (GRANITE, "granite"),
     "smollm3": (SMOLLM3, "hermes"),
+    "lfm2": (LFM2, "lfm2"),
 }
 
 
