@@ -53,9 +53,11 @@ class AnswerStream:
             return
         self._text = TextStream(tokenizer, ())
         self._stop = StopStrings(stop)
-        markers = format.markers
-        spelled = {id: tokenizer.token(id) or "" for id in tokenizer.special_ids}
-        self._special = {id: text for id, text in spelled.items() if text in markers}
+        markers = format.markers  # of which one may consist of a token and more
+        spelled = {id: tokenizer.token(id) for id in tokenizer.special_ids}
+        self._special = {
+            id: text for id, text in spelled.items() if text and any(text in m for m in markers)
+        }
         self._parts = AnswerParts(format, tools, frozenset(self._special.values()))
 
     def add(self, token_id: int, *, may_stop: bool = True) -> Released:

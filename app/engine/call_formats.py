@@ -14,6 +14,7 @@ from app.engine.call_readers import (
     keyed_reader,
     xml_reader,
 )
+from app.engine.gemma_calls import QUOTE, read_gemma
 from app.engine.pythonic_calls import read_pythonic
 
 
@@ -108,6 +109,9 @@ def _formats() -> dict[str, CallFormat]:
             {"<tool_call>": xml_reader("<function="), "<function=": xml_reader("")},
             closers=("</tool_call>",),
         ),
+        "gemma4": CallFormat(
+            {"<|tool_call>": read_gemma}, closers=("<tool_call|>",), inner=(QUOTE,)
+        ),
         "glm": CallFormat({"<tool_call>": keyed_reader()}),
         "pythonic": CallFormat(
             {"<|python_tag|>": read_pythonic}, bare=read_pythonic, bare_start="["
@@ -138,6 +142,8 @@ def call_format_of(written: str) -> str | None:
         return "lfm2"
     if "<|tool_call|>" in written:
         return "granite"
+    if "<|tool_call>" in written:
+        return "gemma4"
     for name, (opener, _) in _MARKED.items():
         if opener in written:
             return name

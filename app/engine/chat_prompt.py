@@ -25,6 +25,7 @@ _REASONING = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
+    ("<|channel>thought", "<channel|>"),
 )
 
 BASE_MODEL = "This is a base model without a chat template: it continues the text."

@@ -60,6 +60,8 @@ WRITTEN = {
     "<tool_call>\n<function=now>\n</function>\n</tool_call>",
     "glm": "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
     "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
+    "gemma4": '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:2}<tool_call|>'
+    "<|tool_call>call:now{}<tool_call|>",
     "pythonic": "<|python_tag|>[get_weather(city='Paris', days=2), now()]",
     "lfm2": '<|tool_call_start|>[get_weather(city="Paris", days=2), now()]<|tool_call_end|>',
 }
@@ -137,7 +139,7 @@ def test_what_is_no_call_is_text_and_the_next_one_is_read(
     got = read(calls(name), *written)
     if value == "{city" and written == WRITTEN[name]:
         return  # not written in JSON
-    if value == 'Pa"ris' and name in ("qwen_xml", "glm", "pythonic"):
+    if value == 'Pa"ris' and name in ("qwen_xml", "glm", "pythonic", "gemma4"):
         return  # a value like any other there
     assert PARIS not in got
     text = "".join(part.text for part in got if isinstance(part, Text))
@@ -178,6 +180,14 @@ def test_markers_inside_arguments_are_arguments() -> None:
     for name, opener in [("hermes", "<tool_call>"), ("mistral", "[TOOL_CALLS]")]:
         written = opener + json.dumps([{"name": "get_weather", "arguments": arguments}])
         assert read(calls(name), *written) == [Call("get_weather", json.dumps(arguments))]
+
+
+def test_gemmas_values_become_json() -> None:
+    value = '{a:[<|"|>x{,}"<|"|>,-1.5e3,true],b:{c:null,d:bare word},e:<|"|><|"|>}'
+    (call,) = read(calls("gemma4"), f"<|tool_call>call:now{value}<tool_call|>")
+    assert json.loads(call.arguments) == {
+        "a": ['x{,}"', -1500.0, True], "b": {"c": None, "d": "bare word"}, "e": ""
+    }  # fmt: skip
 
 
 def test_what_is_too_large_for_a_call_is_text() -> None:
@@ -268,14 +278,20 @@ def test_special_markers_are_never_text() -> None:
 # Tokens.
 
 
-def _stream(tmp_path: Path, pieces: list[str], special: list[str], stop: list[str]) -> list[Any]:
+def _stream(
+    tmp_path: Path,
+    pieces: list[str],
+    special: list[str],
+    stop: list[str],
+    reasoning: tuple[str, str] = THINK,
+) -> list[Any]:
     """What each of the pieces releases, one token each, and the end."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens([piece for piece in pieces if piece not in special and len(piece) > 1])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     ids = [id for piece in pieces for id in tokenizer.encode(piece).ids]
-    format = AnswerFormat(THINK, calls="hermes")
+    format = AnswerFormat(reasoning, calls="hermes")
     stream = AnswerStream(Tokenizer.from_directory(tmp_path), stop, format, TOOLS)
     return [*map(stream.add, ids), stream.finish()]
 
@@ -291,6 +307,15 @@ def test_reasoning_ends_at_a_special_token_and_stop_strings_begin_behind_it(tmp_
     pieces = ["<think>", "ok é", "</think>", "Yes"]
     released = _stream(tmp_path, pieces, ["<think>", "</think>"], ["o"])
     assert "".join(r.reasoning for r in released) == "ok é"
+    assert "".join(r.text for r in released) == "Yes"
+
+
+def test_a_marker_may_be_a_special_token_and_more(tmp_path: Path) -> None:
+    """As Gemma 4's "<|channel>thought"."""
+    channel = ("<|channel>thought", "<channel|>")
+    pieces = ["<|channel>", "thought", "\nHm.", "<channel|>", "Yes"]
+    released = _stream(tmp_path, pieces, ["<|channel>", "<channel|>"], [], channel)
+    assert "".join(r.reasoning for r in released) == "Hm."
     assert "".join(r.text for r in released) == "Yes"
 
 
