@@ -5,7 +5,7 @@ arrive one by one into text that, joined, is exactly what decoding all of them a
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -98,6 +98,7 @@ class Tokenizer:
         bos_token: str | None = None,
         eos_token: str | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
+        special_tokens: Mapping[str, str] | None = None,
     ) -> None:
         self._backend = backend
         self.bos_token = bos_token
@@ -107,6 +108,9 @@ class Tokenizer:
         """Text of the token that ends a sequence, None if the model has none."""
         self.eos_token_ids = eos_token_ids
         """Ids that end a sequence: those the directory's files declare, and its family's."""
+        known = {"bos_token": bos_token, "eos_token": eos_token}
+        self.special_tokens = dict(special_tokens or {}) | {k: v for k, v in known.items() if v}
+        """Texts of the tokens that have a name, by names such as "bos_token"."""
         self.vocab_size = backend.vocab_size
         self.special_ids = backend.special_ids
         """Ids that stand for no text."""
@@ -146,7 +150,13 @@ class Tokenizer:
         for token in (eos, _TURN_ENDS.get(str(config.get("model_type")))):
             if token is not None and (id := backend.token_id(token)) is not None:
                 ends.add(id)
-        return cls(backend, bos_token=bos, eos_token=eos, eos_token_ids=frozenset(ends))
+        return cls(
+            backend,
+            bos_token=bos,
+            eos_token=eos,
+            eos_token_ids=frozenset(ends),
+            special_tokens=named,
+        )
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Ids of a text; with special tokens, whatever the tokenizer puts around a sequence."""
@@ -206,23 +216,51 @@ class StreamingDetokenizer:
 
 
 def read_chat_template(path: str | Path) -> str | None:
-    """The chat template: chat_template.jinja, else tokenizer_config.json's, "default" of several.
+    """The chat template named "default"; None where there is none.
 
     Raises:
         ModelError: a file cannot be read.
     """
-    file = Path(path) / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{file} cannot be read: {error}.") from error
-    template = read_optional_json(Path(path) / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):
-        named = {
-            item["name"]: item.get("template")
-            for item in template
-            if isinstance(item, dict) and isinstance(item.get("name"), str)
-        }
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    return read_chat_templates(path).get("default")
+
+
+def read_chat_templates(path: str | Path) -> dict[str, str]:
+    """The chat templates of a directory by name; a lone one is "default".
+
+    From tokenizer_config.json, or chat_template.json where that has none; files of their own,
+    chat_template.jinja and those in additional_chat_templates/, come before either.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    path = Path(path)
+    files = {file.stem: file for file in sorted(path.glob("additional_chat_templates/*.jinja"))}
+    if (path / "chat_template.jinja").is_file():
+        files["default"] = path / "chat_template.jinja"
+    templates = {name: _text_of(file) for name, file in files.items()}
+    if "default" in templates:
+        return templates
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if named := _named_templates(read_optional_json(path / name).get("chat_template")):
+            return named | templates
+    return templates
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.") from error
+
+
+def _named_templates(value: object) -> dict[str, str]:
+    """One template, {name: template}, or a list of {"name", "template"}."""
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list):
+        items = [item for item in value if isinstance(item, dict)]
+        value = {item.get("name"): item.get("template") for item in items}
+    if not isinstance(value, dict):
+        return {}
+    named = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, str)}
+    return {"default": next(iter(named.values()))} if len(named) == 1 else named

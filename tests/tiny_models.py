@@ -200,3 +200,42 @@ def write_adapter(path: Path, base: Path, *, seed: int = 0) -> Path:
     (path / "adapter_config.json").write_text(text)
     mx.save_safetensors(str(path / "adapters.safetensors"), dict(tree_flatten(weights)))
     return path
+
+
+def write_scripted_model(
+    path: Path, pieces: list[str], *, specials: tuple[str, ...] = (), template: str = TEMPLATE
+) -> Path:
+    """A checkpoint that always answers, greedily, with these pieces, one token each, all different.
+
+    Any other token is followed by the first of them, the last by the end of the sequence.
+    """
+    from mlxmodels import registry
+
+    tokenizer = byte_tokenizer()
+    for piece in pieces:
+        token = tokenizers.AddedToken(piece, normalized=False, special=piece in specials)
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+    size = tokenizer.get_vocab_size()
+    ids = [tokenizer.token_to_id(piece) for piece in pieces] + [tokenizer.token_to_id("<eos>")]
+    config = LLAMA | {
+        "hidden_size": -(-size // 16) * 16,
+        "num_hidden_layers": 1,
+        "vocab_size": size,
+        "tie_word_embeddings": False,
+        "eos_token_id": ids[-1],
+    }
+    path = write_model(path, config)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    model_class, args_class = registry.model_classes(config)
+    model = model_class(args_class.from_dict(config))
+    # The layers add nothing, so what comes out is what went in, one of as many directions.
+    weights = {name: mx.zeros_like(w) for name, w in tree_flatten(model.parameters())}
+    follows = dict.fromkeys(range(size), ids[0]) | dict(zip(ids, ids[1:], strict=False))
+    weights["model.embed_tokens.weight"] = mx.eye(size, config["hidden_size"])
+    columns = mx.eye(size)[mx.array([follows[id] for id in range(size)])]
+    padding = mx.zeros((config["hidden_size"] - size, size))
+    weights["lm_head.weight"] = mx.concatenate([columns, padding]).T
+    weights["model.norm.weight"] = mx.ones(config["hidden_size"])
+    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
+    return path

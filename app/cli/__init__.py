@@ -148,6 +148,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt-lookup", action="store_true", help="guess ahead from the text itself"
     )
     run.add_argument("--json", action="store_true", help="events, one JSON object a line")
+    run.add_argument(
+        "--hide-thinking", action="store_true", help="do not show what the model thinks first"
+    )
     run.add_argument("--stats", action="store_true", help="counts and speeds on standard error")
     _constraint_options(run)
     _sampling_options(run)

@@ -13,7 +13,7 @@ import msgspec
 from app.cli import RUN_MAX_TOKENS
 from app.cli.constraint import constraint_of
 from app.cli.models import model_for
-from app.cli.terminal import StatusLine, bar
+from app.cli.terminal import StatusLine, Thinking, bar
 from app.engine.client import EngineClient
 from app.engine.protocol import (
     MAX_FRAME_BYTES,
@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
             request,
             as_json=arguments.json,
             stats=arguments.stats,
+            hide_thinking=arguments.hide_thinking,
             asked_length=arguments.max_tokens is not None,
         )
     )
@@ -130,17 +131,23 @@ def _logit_bias(pairs: list[str]) -> dict[int, float]:
 
 
 async def _answer(
-    request: GenerationRequest, *, as_json: bool, stats: bool, asked_length: bool
+    request: GenerationRequest,
+    *,
+    as_json: bool,
+    stats: bool,
+    hide_thinking: bool,
+    asked_length: bool,
 ) -> int:
     client = EngineClient()
     line = StatusLine()
+    thinking = None if hide_thinking else Thinking()
     try:
         async for event in client.stream(request):
             if as_json:
                 sys.stdout.write(msgspec.json.encode(event).decode() + "\n")
                 sys.stdout.flush()
             else:
-                _show(event, line)
+                _show(event, line, thinking)
             if isinstance(event, Failed):
                 if not as_json:
                     print(f"gryphon: {event.message}", file=sys.stderr)
@@ -159,18 +166,27 @@ async def _answer(
         await client.close()
 
 
-def _show(event: Event, line: StatusLine) -> None:
+def _show(event: Event, line: StatusLine, thinking: Thinking | None) -> None:
     if isinstance(event, Progress):
         what = event.detail or _PHASES[event.phase]
         line.show(f"{what} {bar(event.processed, event.total)}" if event.total else what)
     elif isinstance(event, Token):
         line.clear()
+        _show_thinking(event, thinking)
         sys.stdout.write(event.text)
         sys.stdout.flush()
     elif isinstance(event, (Finished, Failed)):
         line.clear()
         if isinstance(event, Finished):
+            _show_thinking(event, thinking)
             sys.stdout.write(event.text + "\n")
+
+
+def _show_thinking(event: Token | Finished, thinking: Thinking | None) -> None:
+    if thinking is not None:
+        thinking.show(event.reasoning)
+        if event.text or isinstance(event, Finished):
+            thinking.end()
 
 
 def _summary(event: Finished) -> str:

@@ -31,6 +31,27 @@ class StatusLine:
             self._shown = False
 
 
+class Thinking:
+    """What a model thinks before it answers: dim, and apart from the answer, which it precedes."""
+
+    def __init__(self) -> None:
+        self._shown = False
+        self._is_dim = sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        if text:
+            sys.stderr.write(f"\x1b[2m{text}\x1b[22m" if self._is_dim else text)
+            sys.stderr.flush()
+            self._shown = True
+
+    def end(self) -> None:
+        """Leave an empty line before the answer."""
+        if self._shown:
+            sys.stderr.write("\n\n")
+            sys.stderr.flush()
+            self._shown = False
+
+
 def bar(done: int, total: int, width: int = 24) -> str:
     """A progress bar; how much there is where the total is unknown (0)."""
     if total <= 0:

@@ -7,13 +7,14 @@ from collections import deque
 
 import mlx.core as mx
 
+from app.engine.answer import AnswerStream
+from app.engine.answer_parts import PLAIN
 from app.engine.batch import Row
 from app.engine.prefix_cache import PrefixCache, always_trimmable
 from app.engine.protocol import Accepted
 from app.engine.resident import ResidentModel
 from app.engine.sampling import NEVER, RowGenerator, RowSampling
 from app.engine.speculation import check_speculation
-from app.engine.text import TextStream
 from app.errors import GryphonError
 
 # A model without a context limit could answer for ever: an answer then ends here by default.
@@ -35,7 +36,10 @@ def admit(row: Row, resident: ResidentModel, prefixes: PrefixCache | None) -> No
         row.fail(error.code, error.message)
         return
     loaded, request = resident.loaded, row.generation
-    row.text = TextStream(loaded.tokenizer, request.stop, exact=row.matcher is not None)
+    # A constraint is on the whole answer: none of it is anything but text.
+    format = row.format if row.matcher is None else PLAIN
+    exact = row.matcher is not None
+    row.text = AnswerStream(loaded.tokenizer, request.stop, format, request.tools, exact=exact)
     row.sampling = RowSampling.of(
         request.sampling,
         resident.recommended,
@@ -52,7 +56,8 @@ def admit(row: Row, resident: ResidentModel, prefixes: PrefixCache | None) -> No
     row.marks = _marks(row) if prefixes is not None else deque()
     loaded.begin_prompt(row.caches, len(row.prompt))
     row.admitted_s = time.monotonic()
-    row.emit(Accepted(request.id, len(row.prompt), row.cached, loaded.context_length))
+    limit = loaded.context_length
+    row.emit(Accepted(request.id, len(row.prompt), row.cached, limit, row.notice))
 
 
 def _check_prompt(row: Row, resident: ResidentModel) -> None:

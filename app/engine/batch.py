@@ -13,6 +13,8 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from app.engine.answer import NOTHING, AnswerStream, Released, new_call_id
+from app.engine.answer_parts import PLAIN, AnswerFormat
 from app.engine.matcher import Matcher
 from app.engine.penalties import Penalties
 from app.engine.protocol import (
@@ -23,6 +25,7 @@ from app.engine.protocol import (
     GenerationRequest,
     LoadModel,
     Timings,
+    ToolCall,
     Usage,
 )
 from app.engine.sampling import (
@@ -33,7 +36,6 @@ from app.engine.sampling import (
     sample,
     top_logprobs,
 )
-from app.engine.text import TextStream
 
 if TYPE_CHECKING:
     from app.engine.speculation import Lane
@@ -51,6 +53,9 @@ class Row:
     prompt: list[int] = field(default_factory=list)
     boundaries: list[int] = field(default_factory=list)
     """Lengths of prefixes of the prompt that other prompts are likely to begin with."""
+    format: AnswerFormat = PLAIN
+    notice: str = ""
+    """What a person should know of the prompt."""
     matcher: Matcher | None = None
     """Where its answer is in the constraint it was given."""
     done: bool = False
@@ -71,7 +76,7 @@ class Row:
     """Tokens read, the one that ended it included."""
     generated: int = 0
     """Tokens read and sent."""
-    text: TextStream | None = None
+    text: AnswerStream | None = None
     sampling: RowSampling | None = None
     generator: RowGenerator | None = None
     lane: Lane | None = None
@@ -107,10 +112,20 @@ class Row:
             decode_s=now - first,
         )
 
-    def finish(self, reason: FinishReason, text: str = "") -> None:
-        """Send the one `Finished` of this row."""
-        if self._ends():
-            self.emit(Finished(self.request.id, reason, self.usage, self.timings(), text))
+    def send_calls(self, released: Released) -> None:
+        """Send what the model called."""
+        for call in released.calls:
+            self.emit(ToolCall(self.request.id, new_call_id(), call.name, call.arguments))
+
+    def finish(self, reason: FinishReason, rest: Released = NOTHING) -> None:
+        """Send the rest of the answer and the one `Finished` of this row."""
+        if not self._ends():
+            return
+        self.send_calls(rest)
+        if reason == "stop" and self.text is not None and self.text.calls:
+            reason = "tool_calls"
+        usage, timings = self.usage, self.timings()
+        self.emit(Finished(self.request.id, reason, usage, timings, rest.text, rest.reasoning))
 
     def fail(self, code: str, message: str, retry_after: float | None = None) -> None:
         """Send the one `Failed` of this row."""

@@ -18,11 +18,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
-from app.engine.protocol import Message
+from app.engine.answer_parts import PLAIN, AnswerFormat
+from app.engine.conversation import Message, Tool, ToolCallPart
 from app.errors import GryphonError
 from app.settings import child_environment
 
@@ -36,13 +37,18 @@ class Prompt(msgspec.Struct, frozen=True):
     model_path: str
     messages: list[Message] | None = None
     text: str | None = None
+    tools: list[Tool] = []
+    template_options: dict[str, Any] = {}
 
 
 class TokenizedPrompt(NamedTuple):
-    """Token ids, and lengths of prefixes of them that other prompts are likely to begin with."""
+    """Token ids, and lengths of prefixes of them that other prompts are likely to begin with; how
+    the answer will be marked, and what a person should know of the prompt."""
 
     tokens: list[int]
     boundaries: list[int]
+    format: AnswerFormat = PLAIN
+    notice: str = ""
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -50,6 +56,8 @@ class Prepared(msgspec.Struct, frozen=True):
 
     tokens: bytes = b""
     boundaries: list[int] = []
+    format: AnswerFormat = PLAIN
+    notice: str = ""
     error: tuple[str, str] | None = None
 
 
@@ -92,7 +100,7 @@ class Preparer:
         tokens = array.array("i", answer.tokens).tolist()
         if not tokens:
             raise GryphonError("invalid_request", "The prompt is empty: it holds no token.")
-        return TokenizedPrompt(tokens, answer.boundaries)
+        return TokenizedPrompt(tokens, answer.boundaries, answer.format, answer.notice)
 
     async def close(self) -> None:
         await self._end()
@@ -135,37 +143,37 @@ class _Prompts:
         self._path: str | None = None
 
     def tokenized(self, prompt: Prompt) -> TokenizedPrompt:
-        from app.engine.template import ChatTemplate, PromptEncoder
-        from mlxmodels.tokenizer import Tokenizer, read_chat_template
+        from app.engine.chat_prompt import ChatPrompts
+        from app.engine.template import PromptEncoder
+        from mlxmodels.tokenizer import Tokenizer, read_chat_templates
 
         directory = Path(prompt.model_path)
         if prompt.model_path != self._path:
             self._tokenizer = Tokenizer.from_directory(directory)
             self._encoder = PromptEncoder(self._tokenizer)
-            self._template: ChatTemplate | None = None
+            self._chats: ChatPrompts | None = None
             self._path = prompt.model_path
         if prompt.messages is None:
             assert prompt.text is not None
             return TokenizedPrompt(self._encoder.encode(prompt.text), [])
-        if self._template is None:  # only now: a broken one must not spoil plain completions
-            source = read_chat_template(directory)
-            names = self._tokenizer.bos_token, self._tokenizer.eos_token
-            self._template = ChatTemplate(source, *names)
+        if self._chats is None:  # only now: a broken one must not spoil plain completions
+            sources = read_chat_templates(directory)
+            self._chats = ChatPrompts(sources, self._tokenizer.special_tokens)
         started = time.monotonic()
-        text = self._template.render(prompt.messages)
-        tokens = self._encoder.encode(text)
+        chat = self._chats.prompt(prompt.messages, prompt.tools, prompt.template_options)
+        tokens = self._encoder.encode(chat.text)
+        boundaries: set[int] = set()
         # Boundaries take about that long again for each: they must not be what exceeds the limit.
-        if time.monotonic() - started > self._time_limit_s / 8:
-            return TokenizedPrompt(tokens, [])
-        others = _likely_conversations(prompt.messages)
-        boundaries = {self._boundary(text, tokens, other) for other in others}
-        return TokenizedPrompt(tokens, sorted(boundaries - {0}))
+        if time.monotonic() - started <= self._time_limit_s / 8:
+            others = _likely_conversations(prompt.messages, prompt.tools)
+            boundaries = {self._boundary(chat.text, tokens, other, prompt) for other in others}
+        return TokenizedPrompt(tokens, sorted(boundaries - {0}), chat.format, chat.notice)
 
-    def _boundary(self, text: str, tokens: list[int], other: list[Message]) -> int:
+    def _boundary(self, text: str, tokens: list[int], other: list[Message], prompt: Prompt) -> int:
         """How many tokens this prompt shares with another conversation's, 0 if that has none."""
-        assert self._template is not None
+        assert self._chats is not None
         try:
-            rendered = self._template.render(other)
+            rendered = self._chats.prompt(other, prompt.tools, prompt.template_options).text
         except GryphonError:  # the template has its own idea of what may follow what
             return 0
         # White space belongs to a token with whatever follows it in the one or the other.
@@ -179,13 +187,20 @@ def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _likely_conversations(messages: Sequence[Message]) -> list[list[Message]]:
-    """What this conversation may become: its next turn, and an edit of its last user message.
+def _likely_conversations(
+    messages: Sequence[Message], tools: Sequence[Tool]
+) -> list[list[Message]]:
+    """What this conversation may become: its next turn, the result of a call, and an edit of its
+    last user message.
 
     Rendered by the model's own template they show what of a prompt stays, where a rule of ours for
     where messages begin would be wrong for some template.
     """
     others = [[*messages, Message("assistant", "0"), Message("user", "0")]]
+    if tools:
+        call = ToolCallPart("call_000000000000000000000000", tools[0].name, "{}")
+        result = Message("tool", "0", tool_call_id=call.id)
+        others.append([*messages, Message("assistant", "", tool_calls=[call]), result])
     last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
     if last is not None:
         content = "1" if messages[last].content.lstrip().startswith("0") else "0"
@@ -202,8 +217,8 @@ def _serve(requests: BinaryIO, answers: BinaryIO, time_limit_s: float) -> None:
         prompt = msgspec.msgpack.decode(requests.read(struct.unpack(">I", head)[0]), type=Prompt)
         signal.setitimer(signal.ITIMER_REAL, time_limit_s)
         try:
-            tokens, boundaries = prompts.tokenized(prompt)
-            answer = Prepared(array.array("i", tokens).tobytes(), boundaries)
+            tokens, boundaries, format, notice = prompts.tokenized(prompt)
+            answer = Prepared(array.array("i", tokens).tobytes(), boundaries, format, notice)
         except GryphonError as error:
             answer = Prepared(error=(error.code, error.message))
         except ModelError as error:

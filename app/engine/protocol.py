@@ -11,17 +11,21 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from app.engine.constraint import Constraint, check_constraint
+from app.engine.conversation import Message as Message
+from app.engine.conversation import Tool as Tool
+from app.engine.conversation import ToolCallPart as ToolCallPart
+from app.engine.conversation import check_messages, check_options, check_tools
 from app.errors import GryphonError
 
 PROTOCOL_VERSION = 3
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 ModelState = Literal["unloaded", "loading", "ready"]
 
 
@@ -54,13 +58,6 @@ class DraftModel(msgspec.Struct, frozen=True, tag="draft_model"):
 
 MAX_LOOKUP_NGRAM = 16
 MAX_DRAFT_TOKENS = 16
-
-
-class Message(msgspec.Struct, frozen=True):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +134,13 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     """Raw text, given to the model as it is (its BOS token is added, no template)."""
     prompt_tokens: list[int] | None = None
     """Token ids, used as they are."""
+    tools: list[Tool] = []
+    """What the model may call. Its template must know of tools; it is refused otherwise."""
+    tool_choice: str = "auto"
+    """"auto" lets the model choose, "none" answers as if there were no tools, "required" makes it
+    call one, a tool's name makes it call that one."""
+    template_options: dict[str, Any] = {}
+    """Variables for the chat template, for example {"enable_thinking": false}."""
     sampling: Sampling = Sampling()
     max_tokens: int | None = None
     """None: what is left of the context."""
@@ -146,7 +150,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     ignore_eos: bool = False
     """No end-of-sequence token is ever drawn; stop strings still end the answer."""
     stop: list[str] = []
-    """Generation ends before the first of these strings; none of it reaches the text."""
+    """Generation ends before the first of these strings; none of it reaches the text. They are
+    looked for in the text alone: one in a tool call or in reasoning ends nothing."""
     logprobs: bool = False
     top_logprobs: int = 0
     """Alternatives reported per token with their logprobs, 0 to 20."""
@@ -182,6 +187,14 @@ def check_request(request: GenerationRequest) -> None:
         raise GryphonError("invalid_request", "messages is empty: give at least one message.")
     if request.prompt_tokens is not None and not request.prompt_tokens:
         raise GryphonError("invalid_request", "prompt_tokens is empty: give at least one token.")
+    if request.messages is None and (request.tools or request.template_options):
+        raise GryphonError(
+            "invalid_request",
+            "tools and template_options are for the chat template: give messages, not a prompt.",
+        )
+    check_messages(request.messages or [])
+    check_tools(request.tools, request.tool_choice)
+    check_options(request.template_options)
     if request.max_tokens is not None and not 1 <= request.max_tokens <= _MAX_INT32:
         raise GryphonError(
             "invalid_request",
@@ -211,11 +224,18 @@ def check_request(request: GenerationRequest) -> None:
         check_constraint(request.constraint)
     check_sampling(request.sampling)
     _check_speculation(request.speculation)
-    if request.constraint is not None and request.speculation is not None:
-        raise GryphonError(
-            "invalid_request",
-            "constraint and speculation cannot be combined: leave one of them out.",
-        )
+    _check_alone(request)
+
+
+def _check_alone(request: GenerationRequest) -> None:
+    """A constraint holds the whole answer to its form, one token at a time."""
+    tools = request.tools if request.tool_choice != "none" else []
+    for name, other in (("speculation", request.speculation), ("tools", tools)):
+        if request.constraint is not None and other:
+            raise GryphonError(
+                "invalid_request",
+                f"constraint and {name} cannot be combined: leave one of them out.",
+            )
 
 
 def _check_speculation(speculation: PromptLookup | DraftModel | None) -> None:
@@ -352,13 +372,26 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 class Token(msgspec.Struct, frozen=True, tag="token"):
     """One generated token. `text` is what became readable with it and may be empty: bytes wait
-    until they form characters, and text that may begin a stop string waits until it does not."""
+    until they form characters, and text that may begin a stop string waits until it does not.
+    The same holds for `reasoning`, what the model thinks before it answers."""
 
     id: str
     text: str
     token_id: int
     logprob: TokenLogprob | None = None
     top: list[TokenLogprob] = []
+    reasoning: str = ""
+
+
+class ToolCall(msgspec.Struct, frozen=True, tag="tool_call"):
+    """The model calls one of the tools it was given; sent once, when the call is whole."""
+
+    id: str
+    call_id: str
+    """Made up by the engine, and unique."""
+    name: str
+    arguments: str
+    """JSON text of an object. It need not fit the tool's schema: models err."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -392,13 +425,15 @@ class Timings(msgspec.Struct, frozen=True):
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
-    """The good end of a request. `text` is what the last token released, often empty."""
+    """The good end of a request. `text` and `reasoning` are what the last token released, often
+    empty. The reason is "tool_calls" when the model ended by itself after calling a tool."""
 
     id: str
     reason: FinishReason
     usage: Usage
     timings: Timings
     text: str = ""
+    reasoning: str = ""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -435,7 +470,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="engine_status
     context_length: int | None = None
 
 
-Event = Welcome | Accepted | Progress | Token | Finished | Failed | EngineStatus
+Event = Welcome | Accepted | Progress | Token | ToolCall | Finished | Failed | EngineStatus
 
 _encoder = msgspec.msgpack.Encoder()
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
@@ -454,6 +489,8 @@ def encode_frame(message: Command | Event) -> bytes:
         raise GryphonError(
             "invalid_text", "The text is not valid Unicode: it holds bytes that are not UTF-8."
         ) from error
+    except RecursionError as error:
+        raise GryphonError("invalid_request", "The request is nested too deeply.") from error
     if len(body) > MAX_FRAME_BYTES:
         raise GryphonError(
             "request_too_large",

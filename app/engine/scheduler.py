@@ -35,6 +35,7 @@ import mlx.core as mx
 
 from app.engine import kernels
 from app.engine.admission import PREFILL_CHUNK, admit
+from app.engine.answer import NOTHING
 from app.engine.batch import Batch, Emit, Launch, Row
 from app.engine.constrained import allowed_tokens
 from app.engine.memory import available_bytes
@@ -209,7 +210,7 @@ class Scheduler:
     def _cancel(self, row: Row) -> None:
         if row.done:
             return
-        row.finish("cancelled", row.text.finish() if row.text is not None else "")
+        row.finish("cancelled", row.text.finish() if row.text is not None else NOTHING)
         if row in self._queue:
             self._queue.remove(row)
         if row is self._prefilling:
@@ -408,14 +409,15 @@ class Scheduler:
             row.matcher.advance(token_id)
         row.generated += 1
         may_stop = row.generated >= row.generation.min_tokens
-        text, stopped = row.text.add(token_id, may_stop=may_stop)
+        new = row.text.add(token_id, may_stop=may_stop)
         logprob, top = None, []
         if row.generation.logprobs:
             value, alternatives = launch.logprobs_of(index, row.generation.top_logprobs)
             logprob = self._named(token_id, value)
             top = [self._named(*alternative) for alternative in alternatives]
-        row.emit(Token(row.request.id, text, token_id, logprob, top))
-        if stopped:
+        row.emit(Token(row.request.id, new.text, token_id, logprob, top, new.reasoning))
+        row.send_calls(new)
+        if new.has_stopped:
             row.finish("stop")
         elif row.generated >= row.max_tokens:
             row.finish("length", row.text.finish())

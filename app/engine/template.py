@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
-from app.engine.protocol import Message
 from app.errors import GryphonError
 from mlxmodels.tokenizer import Tokenizer
 
@@ -23,14 +25,36 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %}: marks for training what the assistant said; here only its contents."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
@@ -39,20 +63,22 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """A model's chat template, compiled once.
+    """One chat template, compiled once. It is given what transformers gives it.
 
     Args:
-        source: Jinja text; None for a base model that has none.
-        bos_token, eos_token: The special tokens' text, which templates may write.
+        source: Jinja text.
+        special_tokens: Texts of the special tokens, by names such as "bos_token".
 
     Raises:
         GryphonError: "template_error", when the text is not a Jinja template.
     """
 
-    def __init__(self, source: str | None, bos_token: str | None, eos_token: str | None) -> None:
-        self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
+        # Templates add these two without asking whether they are there.
+        self._tokens = {"bos_token": "", "eos_token": "", **special_tokens}
         try:
-            self._template = None if source is None else _environment().from_string(source)
+            self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise GryphonError(
                 "template_error",
@@ -60,22 +86,33 @@ class ChatTemplate:
                 f"{error.message}). Use a plain completion, or another build of this model.",
             ) from error
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as the model was trained to see it, open for the assistant's turn.
 
-        A base model has no template: it gets the contents alone, separated by blank lines.
+        Args:
+            messages: In OpenAI's shape, as are `tools`.
+            options: More variables.
 
         Raises:
             GryphonError: "template_error", when the template refuses the conversation (a role or an
                 order it does not know) or fails.
         """
-        if self._template is None:
-            return "\n\n".join(message.content for message in messages)
         try:
             return self._template.render(
-                messages=[{"role": m.role, "content": m.content} for m in messages],
-                add_generation_prompt=True,
-                **self._tokens,
+                {
+                    **(options or {}),
+                    "messages": messages,
+                    "tools": tools,
+                    "xml_tools": tools and [tool["function"] for tool in tools],  # SmolLM3's name
+                    "documents": None,
+                    "add_generation_prompt": True,
+                    **self._tokens,
+                }
             )
         except Exception as error:  # whatever a template does is the template's failure
             raise GryphonError(

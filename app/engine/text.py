@@ -17,25 +17,38 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, exact: bool = False) -> None:
         self._detokenizer = StreamingDetokenizer(tokenizer, keep_first_space=exact)
-        self._stop = tuple(stop)
-        self._held = ""
-        self._passed = 0  # how much of what is held came while no stop string could end
+        self._stop = StopStrings(stop)
 
     def add(self, token_id: int, *, may_stop: bool = True) -> tuple[str, bool]:
         """Text released by one more token, and whether a stop string was reached.
 
         While `may_stop` is false, a stop string that is complete is text like any other.
         """
-        released = self._release(
-            self._detokenizer.add(token_id), more_follows=True, may_stop=may_stop
-        )
+        return self._stop.add(self._detokenizer.add(token_id), may_stop=may_stop)
+
+    def finish(self) -> str:
+        """What was still waiting when generation ended by itself."""
+        return self._stop.finish(self._detokenizer.finish())
+
+
+class StopStrings:
+    """Holds back what may be the beginning of a stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self._passed = 0  # how much of what is held came while no stop string could end
+
+    def add(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
+        """What is released with some more text, and whether a stop string was reached."""
+        released = self._release(text, more_follows=True, may_stop=may_stop)
         if not may_stop:
             self._passed = len(self._held)
         return released
 
-    def finish(self) -> str:
-        """What was still waiting when generation ended by itself."""
-        return self._release(self._detokenizer.finish(), more_follows=False, may_stop=True)[0]
+    def finish(self, text: str = "") -> str:
+        """What is left with the last of the text."""
+        return self._release(text, more_follows=False, may_stop=True)[0]
 
     def _release(self, new: str, *, more_follows: bool, may_stop: bool) -> tuple[str, bool]:
         if not self._stop:
@@ -45,7 +58,7 @@ class TextStream:
         if found and may_stop:
             self._held = ""
             return text[: min(found)], True
-        keep = self._possible_start(text) if more_follows else 0
+        keep = possible_start(text, self._stop) if more_follows else 0
         self._held = text[len(text) - keep :]
         self._passed = max(0, self._passed - (len(text) - keep))
         return text[: len(text) - keep], False
@@ -54,11 +67,12 @@ class TextStream:
         """Where a stop string begins that ends in the part that may stop; -1 if none does."""
         return text.find(stop, max(0, self._passed - len(stop) + 1))
 
-    def _possible_start(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string begins with."""
-        longest = min(len(text), max(map(len, self._stop)) - 1)
-        for size in range(longest, 0, -1):
-            end = text[-size:]
-            if any(stop.startswith(end) for stop in self._stop):
-                return size
-        return 0
+
+def possible_start(text: str, markers: Sequence[str]) -> int:
+    """Length of the longest end of `text` that one of the markers begins with, without being it."""
+    longest = min(len(text), max(map(len, markers)) - 1)
+    for size in range(longest, 0, -1):
+        end = text[-size:]
+        if any(marker.startswith(end) for marker in markers):
+            return size
+    return 0

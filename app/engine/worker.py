@@ -94,7 +94,7 @@ class Connection:
                     self._start(command)
         except asyncio.IncompleteReadError:
             pass
-        except (ConnectionError, ValueError) as error:
+        except (ConnectionError, ValueError, RecursionError) as error:
             logger.warning("dropping a client: %s", error)
         finally:
             for request_id in [*self._tasks, *self.rows]:
@@ -118,7 +118,7 @@ class Connection:
             if request.prompt_tokens is not None:
                 tokenized = TokenizedPrompt(request.prompt_tokens, [])
             else:
-                prompt = Prompt(request.model.path, request.messages, request.prompt)
+                prompt = _prompt_of(request)
                 tokenized = await self._engine.preparer.prepare(prompt)
             matcher = None
             if request.constraint is not None:  # last: from here on it belongs to the row
@@ -138,7 +138,7 @@ class Connection:
         from app.engine.batch import Row
 
         emit = functools.partial(self._engine.emit, self)
-        return Row(request, emit, prompt.tokens, prompt.boundaries, submitted_s=started)
+        return Row(request, emit, *prompt, submitted_s=started)
 
     def _submit(
         self,
@@ -157,6 +157,16 @@ class Connection:
             self._engine.scheduler.cancel(self.rows[request_id])
         elif request_id in self._tasks:
             self._tasks[request_id].cancel()
+
+
+def _prompt_of(request: GenerationRequest) -> Prompt:
+    return Prompt(
+        request.model.path,
+        request.messages,
+        request.prompt,
+        [] if request.tool_choice == "none" else request.tools,
+        request.template_options,
+    )
 
 
 class Engine:
@@ -180,7 +190,8 @@ class Engine:
         if isinstance(event, (Finished, Failed)):
             connection.rows.pop(event.id, None)
         if isinstance(event, Accepted) and self._backend.kind == "reference":
-            event = msgspec.structs.replace(event, notice=self._backend.note)
+            notice = "; ".join(filter(None, [event.notice, self._backend.note]))
+            event = msgspec.structs.replace(event, notice=notice)
         connection.send(event)
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -86,3 +86,9 @@ def conversations_as_trees(db: sqlite3.Connection) -> None:
     db.execute("CREATE INDEX message_parent ON message(parent)")
     db.execute("CREATE INDEX message_conversation ON message(conversation)")
     db.execute("CREATE INDEX conversation_updated ON conversation(updated)")
+
+
+@migration
+def reasoning_of_answers(db: sqlite3.Connection) -> None:
+    """What a model thought before an answer, apart from the answer."""
+    db.execute("ALTER TABLE message ADD COLUMN reasoning TEXT NOT NULL DEFAULT ''")

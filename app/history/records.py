@@ -43,3 +43,5 @@ class StoredMessage:
     stats: dict[str, Any] | None
     """Usage and timings of an answer, as the engine reported them."""
     created: float
+    reasoning: str
+    """What the model thought before it answered; never shown to it as its answer."""

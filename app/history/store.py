@@ -21,7 +21,7 @@ _BUSY_TIMEOUT_S = 2.0
 _TITLE_LENGTH = 60
 
 _CONVERSATION = "id, title, draft, active, created, updated"
-_MESSAGE = "id, conversation, parent, role, content, model, state, error, stats, created"
+_MESSAGE = "id, conversation, parent, role, content, model, state, error, stats, created, reasoning"
 
 
 class History:
@@ -143,12 +143,13 @@ class History:
                 )
         return _message(row)
 
-    def update_text(self, message: int, content: str) -> None:
+    def update_text(self, message: int, content: str, reasoning: str = "") -> None:
         """Save what has come so far of a streaming answer."""
         with self._transaction() as db:
             db.execute(
-                "UPDATE message SET content = ? WHERE id = ? AND state = 'streaming'",
-                (content, message),
+                "UPDATE message SET content = ?, reasoning = ? "
+                "WHERE id = ? AND state = 'streaming'",
+                (content, reasoning, message),
             )
 
     def finish(
@@ -159,13 +160,14 @@ class History:
         *,
         error: str | None = None,
         stats: dict[str, Any] | None = None,
+        reasoning: str = "",
     ) -> StoredMessage:
         """Save the whole of an answer and how it ended."""
         with self._transaction() as db:
             row = db.execute(
-                "UPDATE message SET content = ?, state = ?, error = ?, stats = ? WHERE id = ? "
-                f"RETURNING {_MESSAGE}",
-                (content, state, error, json.dumps(stats) if stats else None, message),
+                "UPDATE message SET content = ?, state = ?, error = ?, stats = ?, reasoning = ? "
+                f"WHERE id = ? RETURNING {_MESSAGE}",
+                (content, state, error, json.dumps(stats) if stats else None, reasoning, message),
             ).fetchone()
             db.execute("UPDATE conversation SET updated = ? WHERE id = ?", (time.time(), row[1]))
         return _message(row)

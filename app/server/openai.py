@@ -83,14 +83,20 @@ class _OpenAIAnswer:
         """Logprobs of consecutive tokens, None when they were not asked for."""
         raise NotImplementedError
 
+    def _thought(self, reasoning: str) -> bytes:
+        """A streamed piece of reasoning; empty when there is none."""
+        return b""
+
     def token(self, token: Token) -> bytes:
         logprobs = self._logprobs([token])
+        thought = self._thought(token.reasoning)
         if not token.text and logprobs is None:
-            return b""
-        return self._chunk(self._choice(token.text, logprobs, None))
+            return thought
+        return thought + self._chunk(self._choice(token.text, logprobs, None))
 
     def closing(self, finished: Finished) -> bytes:
-        last = self._chunk(self._choice(finished.text, None, None)) if finished.text else b""
+        last = self._thought(finished.reasoning)
+        last += self._chunk(self._choice(finished.text, None, None)) if finished.text else b""
         last += self._chunk(self._choice(None, None, finished.reason))
         if self.with_usage:
             usage = {"choices": [], "usage": _usage(finished.usage)}
@@ -124,6 +130,11 @@ class ChatAnswer(_OpenAIAnswer):
         ]
         return {"content": content, "refusal": None} if content else None
 
+    def _thought(self, reasoning: str) -> bytes:
+        # OpenAI keeps reasoning to itself; clients know this name from DeepSeek's API.
+        choice = self._choice(None, None, None) | {"delta": {"reasoning_content": reasoning}}
+        return self._chunk(choice) if reasoning else b""
+
     def opening(self) -> bytes:
         choice = self._choice("", None, None)
         choice["delta"] = {"role": "assistant", "content": ""}
@@ -132,6 +143,8 @@ class ChatAnswer(_OpenAIAnswer):
     def whole(self, tokens: list[Token], finished: Finished) -> bytes:
         text = "".join(token.text for token in tokens) + finished.text
         message = {"role": "assistant", "content": text, "refusal": None}
+        if reasoning := "".join(token.reasoning for token in tokens) + finished.reasoning:
+            message["reasoning_content"] = reasoning
         return self._whole(finished, {"message": message, "logprobs": self._logprobs(tokens)})
 
 

@@ -43,6 +43,9 @@ class Answering:
         """The message as saved; final once `ended` is set."""
         self.request = request
         self.text = ""
+        self.reasoning = ""
+        self.notice = ""
+        """What the engine says about how this runs."""
         self.activity = "waiting"
         self.prompt_tokens = 0
         self.context_length: int | None = None
@@ -93,6 +96,7 @@ class Answering:
             case Accepted():
                 self.prompt_tokens = event.prompt_tokens
                 self.context_length = event.context_length
+                self.notice = event.notice
                 self.activity = "prefill"
             case Progress():
                 self.activity = describe(event)
@@ -101,10 +105,10 @@ class Answering:
                 if not self.tokens:
                     self._first_token_at = self._last_token_at
                 self.tokens += 1
-                self.activity = "generating"
-                self._add(event.text)
+                self.activity = "thinking" if event.reasoning else "generating"
+                self._add(event.text, event.reasoning)
             case Finished():
-                self._add(event.text)
+                self._add(event.text, event.reasoning)
                 self.prompt_tokens = event.usage.prompt_tokens
                 self.tokens = event.usage.completion_tokens
                 self._stats = {
@@ -115,10 +119,11 @@ class Answering:
                     "context_length": self.context_length,
                 }
 
-    def _add(self, text: str) -> None:
-        if not text:
+    def _add(self, text: str, reasoning: str) -> None:
+        if not text and not reasoning:
             return
         self.text += text
+        self.reasoning += reasoning
         if self._save_timer is None:
             loop = asyncio.get_running_loop()
             self._save_timer = loop.call_later(SAVE_EVERY_S, self._save)
@@ -126,7 +131,7 @@ class Answering:
     def _save(self) -> None:
         self._save_timer = None
         try:
-            self._history.update_text(self.row.id, self.text)
+            self._history.update_text(self.row.id, self.text, self.reasoning)
         except GryphonError as error:
             self._on_save_failed(error)
 
@@ -136,12 +141,22 @@ class Answering:
             self._save_timer.cancel()
         try:
             self.row = self._history.finish(
-                self.row.id, self.text, state, error=error, stats=self._stats
+                self.row.id,
+                self.text,
+                state,
+                error=error,
+                stats=self._stats,
+                reasoning=self.reasoning,
             )
         except GryphonError as failure:
             # The screen keeps the whole answer; the file has it up to the last save that worked.
             self.row = replace(
-                self.row, content=self.text, state=state, error=error, stats=self._stats
+                self.row,
+                content=self.text,
+                state=state,
+                error=error,
+                stats=self._stats,
+                reasoning=self.reasoning,
             )
             self._is_unsaved = True
             self._on_save_failed(failure)
@@ -157,7 +172,14 @@ class Answering:
         """
         if self._is_unsaved:
             row = self.row
-            self._history.finish(row.id, row.content, row.state, error=row.error, stats=self._stats)
+            self._history.finish(
+                row.id,
+                row.content,
+                row.state,
+                error=row.error,
+                stats=self._stats,
+                reasoning=row.reasoning,
+            )
             self._is_unsaved = False
 
 

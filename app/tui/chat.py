@@ -89,7 +89,7 @@ class Chat:
                 joined = f"{turns.pop().content}\n\n{message.content}"
                 turns.append(Message(message.role, joined))
             else:
-                turns.append(Message(message.role, message.content))
+                turns.append(Message(message.role, message.content, message.reasoning))
         return turns
 
     def _conversation(self) -> Conversation:

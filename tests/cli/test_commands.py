@@ -13,7 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from ..tiny_models import OPEN_LLAMA, RECURRENT_GEMMA, write_adapter, write_model
+from ..tiny_models import (
+    OPEN_LLAMA,
+    RECURRENT_GEMMA,
+    write_adapter,
+    write_model,
+    write_scripted_model,
+)
 
 GRYPHON = str(Path(sys.executable).with_name("gryphon"))
 
@@ -43,6 +49,17 @@ def test_run_streams_text_and_nothing_else_to_standard_output(tiny: Path) -> Non
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("\n") and len(done.stdout) > 1
     assert gryphon(*words).stdout == done.stdout
+
+
+def test_run_shows_what_a_model_thinks_apart_from_its_answer(home: Path) -> None:
+    template = "<think>{% for m in messages %}{{ m.content }}{% endfor %}\n<think>\n"
+    pieces = ["Hm", "m.", "</think>", "\n\nForty", "-two."]
+    write_scripted_model(home / "data" / "models" / "thinker", pieces, template=template)
+    words = ["run", "-m", "thinker", "--temperature", "0", "Hi"]
+    done = gryphon(*words)
+    assert (done.stdout, done.stderr) == ("Forty-two.\n", "Hmm.\n\n")
+    done = gryphon(*words, "--hide-thinking")
+    assert (done.stdout, done.stderr) == ("Forty-two.\n", "")
 
 
 def test_run_reads_standard_input_before_the_prompt(tiny: Path) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from app.engine.preparation import Preparer, Prompt
-from app.engine.protocol import Message
+from app.engine.preparation import Preparer, Prompt, shared_length
+from app.engine.protocol import Message, Tool, ToolCallPart
 from app.errors import GryphonError
 
 from ..tiny_models import OPEN_LLAMA, write_model
+from .test_chat_prompt import DEEPSEEK, QWEN3
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ async def test_text_and_messages_become_ids_in_one_process(preparer: Preparer, m
     prepared = await preparer.prepare(Prompt(str(model), text="héllo"))
     assert len(prepared.tokens) == 6
     first = preparer._process
-    tokens, _ = await preparer.prepare(Prompt(str(model), messages=[Message("user", "Hi")]))
+    tokens, *_ = await preparer.prepare(Prompt(str(model), messages=[Message("user", "Hi")]))
     assert 256 in tokens and 257 in tokens  # the template's special tokens, not their letters
     assert preparer._process is first
 
@@ -101,3 +102,25 @@ async def test_it_ends_with_the_engine(model: Path) -> None:
     assert await process.wait() == 0
     with pytest.raises(ProcessLookupError):
         os.kill(process.pid, 0)
+
+
+@pytest.mark.parametrize("template", [QWEN3, DEEPSEEK], ids=["qwen3", "deepseek"])
+@pytest.mark.parametrize("calls", [False, True], ids=["answers", "calls"])
+async def test_the_next_turn_parts_at_a_boundary_though_reasoning_is_dropped(
+    preparer: Preparer, model: Path, template: str, calls: bool
+) -> None:
+    """What a prompt shares with the next turn's is known before that turn is."""
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    question = [Message("system", "Look things up."), Message("user", "Hi")]
+    part = ToolCallPart("call_1", "look_up", '{"q": 1}')
+    answer = Message("assistant", "Yes.", reasoning="Hm.", tool_calls=[part] if calls else [])
+    then = Message("tool", "42", tool_call_id="call_1") if calls else Message("user", "More")
+    tools = [Tool("look_up")]
+    first, second = [
+        await preparer.prepare(Prompt(str(model), messages=messages, tools=tools))
+        for messages in (question, [*question, answer, then])
+    ]
+    shared = shared_length(first.tokens, second.tokens)
+    # A boundary leaves white space out, and may part from an empty answer a little earlier.
+    near = [boundary for boundary in first.boundaries if shared - 30 <= boundary <= shared]
+    assert near and first.format.calls

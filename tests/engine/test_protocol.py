@@ -25,6 +25,9 @@ from app.engine.protocol import (
     Timings,
     Token,
     TokenLogprob,
+    Tool,
+    ToolCall,
+    ToolCallPart,
     Usage,
     check_request,
     encode_frame,
@@ -56,6 +59,16 @@ def _reader(data: bytes) -> asyncio.StreamReader:
             stop=["\n"],
             logprobs=True,
         ),
+        GenerationRequest(
+            id="c",
+            model=MODEL,
+            messages=[
+                Message("assistant", "", "Hm.", [ToolCallPart("call_1", "f", '{"a": 1}')]),
+                Message("tool", "1", tool_call_id="call_1", name="f"),
+            ],
+            tools=[Tool("f", "Does.", {"type": "object", "x": [1, None, {"y": 0.5}]})],
+            template_options={"enable_thinking": False},
+        ),
         Cancel("a"),
         LoadModel("l", MODEL),
         GetStatus("s"),
@@ -72,6 +85,8 @@ async def test_commands_survive_the_wire(command: Any) -> None:
         Accepted("a", 3, 0, None),
         Progress("a", "prefill", 1, 2),
         Token("a", "é", 7, TokenLogprob(7, "�", b"\xc3", -0.5)),
+        Token("a", "", 7, reasoning="Hm"),
+        ToolCall("a", "call_1", "f", '{"a": 1}'),
         Finished("a", "stop", Usage(1, 2, 0), Timings(0.1, 0.2, 0.3)),
         Failed("a", "engine_crashed", "It stopped.", 1.0),
     ],
@@ -148,6 +163,75 @@ def test_text_that_is_not_unicode_says_so() -> None:
 def test_what_no_model_could_answer_is_refused_by_name(change: dict[str, Any], said: str) -> None:
     with pytest.raises(GryphonError, match=said):
         check_request(msgspec.structs.replace(REQUEST, **change))
+
+
+def _deep(levels: int) -> dict[str, Any]:
+    return {"a": _deep(levels - 1)} if levels > 1 else {}
+
+
+def _calling(arguments: str, name: str = "f") -> list[Message]:
+    return [Message("assistant", "", tool_calls=[ToolCallPart("call_1", name, arguments)])]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tools": [Tool("a b")]}, "A tool's name must be 1 to 64 letters"),
+        ({"tools": [Tool("x" * 65)]}, "1 to 64 letters"),
+        ({"tools": [Tool("f"), Tool("f")]}, "'f' twice"),
+        ({"tools": [Tool(f"f{i}") for i in range(129)]}, "128 tools at most, got 129"),
+        ({"tools": [Tool("f", "x" * 2**20)]}, "may take 1048576 bytes"),
+        ({"tools": [Tool("f", "", _deep(33))]}, "parameters of 'f' may have 32 levels at most"),
+        ({"tools": [Tool("f", "", {"a": math.nan})]}, "parameters of 'f' must be JSON"),
+        ({"tools": [Tool("f")], "tool_choice": "g"}, "tool_choice must be auto, none, required"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [Tool("f", "", {"a": [0] * 100_001})]}, "and 100000 values"),
+        ({"messages": _calling('{"a": "' + "x" * 2**22 + '"}')}, "4194304 characters in all"),
+        ({"template_options": {"messages": []}}, "may not hold 'messages'"),
+        ({"template_options": {"bos_token": "x"}}, "may not hold 'bos_token'"),
+        ({"template_options": {"a.b": 1}}, "no variable's name"),
+        ({"template_options": {"a": "x" * 2**16}}, "may take 65536 bytes"),
+        ({"template_options": {"a": _deep(32)}}, "32 levels at most"),
+        ({"messages": _calling("[]")}, "JSON text of an object"),
+        ({"messages": _calling("{")}, r"messages\[0\] must be the JSON text"),
+        ({"messages": _calling('{"a":' * 40 + "1" + "}" * 40)}, "at most 32 levels"),
+        ({"messages": _calling("{}", "a/b")}, "A called tool's name"),
+        ({"messages": [Message("user", "x", "thought")]}, "only the assistant"),
+        ({"messages": [Message("user", "x", tool_call_id="a")]}, "its role must be tool"),
+        ({"messages": [Message("tool", "x", name="a b")]}, "The tool's name in messages"),
+    ],
+    ids=str,
+)
+def test_tools_that_could_not_be_told_of_are_refused_by_name(
+    change: dict[str, Any], said: str
+) -> None:
+    plain = {"prompt": None, "messages": [Message("user", "x")]}
+    with pytest.raises(GryphonError, match=said):
+        check_request(msgspec.structs.replace(REQUEST, **(plain | change)))
+
+
+def test_tools_need_messages() -> None:
+    for change in ({"tools": [Tool("f")]}, {"template_options": {"a": 1}}):
+        with pytest.raises(GryphonError, match="give messages, not a prompt"):
+            check_request(msgspec.structs.replace(REQUEST, **change))
+
+
+def test_sound_tools_pass() -> None:
+    messages = [Message("user", "x"), *_calling('{"a": 1}'), Message("tool", "1")]
+    tools = [Tool("get.x-y_1", "", _deep(32))]
+    change = {"prompt": None, "messages": messages, "tools": tools}
+    for choice in ("auto", "none"):
+        check_request(msgspec.structs.replace(REQUEST, tool_choice=choice, **change))
+
+
+def test_a_request_too_deep_for_the_wire_says_so() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    with pytest.raises(GryphonError, match="nested too deeply"):
+        encode_frame(msgspec.structs.replace(REQUEST, template_options=deep))
+    while deep:  # or its own end would be too deep
+        deep = deep["a"]
 
 
 def test_a_plain_request_passes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from app.engine.chat_prompt import ChatPrompts
 from app.engine.protocol import Message
 from app.engine.template import ChatTemplate, PromptEncoder
 from app.errors import GryphonError
@@ -13,7 +14,7 @@ CHATML = (
     " + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-TURN = [Message("user", "Hi <b>&</b> {{ 7 * 7 }}")]
+TURN = [{"role": "user", "content": "Hi <b>&</b> {{ 7 * 7 }}"}]
 
 
 class WordTokenizer:
@@ -28,15 +29,16 @@ class WordTokenizer:
 
 
 def test_a_conversation_is_rendered_open_for_the_answer() -> None:
-    rendered = ChatTemplate(CHATML, None, None).render(TURN)
+    rendered = ChatTemplate(CHATML, {}).render(TURN)
     assert rendered == (
         "<|im_start|>user\nHi <b>&</b> {{ 7 * 7 }}<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 def test_a_base_model_gets_the_contents_alone() -> None:
-    rendered = ChatTemplate(None, None, None).render([Message("system", "A"), Message("user", "B")])
-    assert rendered == "A\n\nB"
+    prompt = ChatPrompts({}, {}).prompt([Message("system", "A"), Message("user", "B")])
+    assert prompt.text == "A\n\nB"
+    assert "base model" in prompt.notice
 
 
 @pytest.mark.parametrize(
@@ -52,14 +54,14 @@ def test_a_base_model_gets_the_contents_alone() -> None:
 )
 def test_what_a_template_may_not_do_is_one_clear_error(source: str, said: str) -> None:
     with pytest.raises(GryphonError) as caught:
-        ChatTemplate(source, None, None).render(TURN)
+        ChatTemplate(source, {}).render(TURN)
     assert caught.value.code == "template_error"
     assert said in caught.value.message
 
 
 def test_a_template_that_is_not_jinja_names_the_line() -> None:
     with pytest.raises(GryphonError, match="line 2"):
-        ChatTemplate("fine\n{% if %}", None, None)
+        ChatTemplate("fine\n{% if %}", {})
 
 
 @pytest.mark.parametrize("text", ["one two", "<s> one two", "<s> <s> one two"])

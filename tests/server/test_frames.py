@@ -48,6 +48,22 @@ def test_chat_stream(server: Server, engine: ScriptedEngine) -> None:
     )
 
 
+def test_reasoning_has_a_field_of_its_own(server: Server, engine: ScriptedEngine) -> None:
+    thinking = [Token("", "", 0, reasoning="H"), Token("", "Yes", 1, reasoning="m.")]
+    engine.answers = [thinking, thinking]
+    reply = server.post("/v1/chat/completions", chat(stream=True))
+    chunks = [json.loads(line[6:]) for line in reply.body.decode().split("\n\n")[1:-2]]
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"reasoning_content": "H"},
+        {"reasoning_content": "m."},
+        {"content": "Yes"},
+        {},
+    ]
+    whole = json.loads(server.post("/v1/chat/completions", chat()).body)
+    message = whole["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("Yes", "Hm.")
+
+
 def test_chat_stream_with_usage(server: Server, engine: ScriptedEngine) -> None:
     engine.answers = [["a"]]
     reply = server.post(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from textual import events
 
+from app.engine.protocol import Accepted, Token
 from app.errors import GryphonError
 from app.history.store import History
 from app.tui.app import ChatApp
@@ -40,6 +41,25 @@ async def test_the_last_chat_is_resumed_and_goes_on(chatting: Chat) -> None:
             "**Fine**, thanks.",
             "And now?",
         ]
+
+
+async def test_what_the_model_thought_is_shown_saved_and_no_part_of_its_answer(
+    chatting: Chat,
+) -> None:
+    thinking = [Token("", "", 0, reasoning="Let me "), Token("", "", 1, reasoning="think."), "42"]
+    accepted = Accepted("", 3, 0, None, "This is a base model.")
+    async with chatting([[accepted, *thinking]]) as chat:
+        await chat.send("What is it?")
+        await chat.until_answered()
+        await chat.until_seen("Let me think.")
+        await chat.until_seen("This is a base model.")
+    assert chat.saved()[-1] == ("assistant", "42", "complete")
+    async with chatting([["Still 42"]]) as chat:
+        await chat.until_seen("Let me think.")
+        await chat.send("Sure?")
+        await chat.until_answered()
+        answer = chat.engine.requests[0].messages[1]
+        assert (answer.content, answer.reasoning) == ("42", "Let me think.")
 
 
 async def test_quitting_in_the_middle_of_an_answer_saves_what_came(chatting: Chat) -> None:

@@ -167,7 +167,7 @@ class ChatScreen(Screen[None]):
     async def _follow(self, answering: Answering, widget: AnswerMessage) -> None:
         """Paint an answer as it comes, no faster than painting can be afforded."""
         pace = Pace()
-        shown = await self._paint(answering, widget, 0)
+        shown = await self._paint(answering, widget, (0, 0))
         while not answering.ended.is_set():
             await answering.changed.wait()
             answering.changed.clear()
@@ -176,15 +176,21 @@ class ChatScreen(Screen[None]):
                 await asyncio.wait_for(answering.ended.wait(), pace.next_interval())
         await self._paint(answering, widget, shown)
         widget.finish(answering.row)
+        if answering.notice:
+            self._tell(answering.notice)
         self._show_status()
         await self.session.settled()
 
-    async def _paint(self, answering: Answering, widget: AnswerMessage, shown: int) -> int:
-        text = answering.text
+    async def _paint(
+        self, answering: Answering, widget: AnswerMessage, shown: tuple[int, int]
+    ) -> tuple[int, int]:
+        text, reasoning = answering.text, answering.reasoning
         widget.show_activity("" if text else answering.activity)
-        await widget.add(text[shown:])
+        if len(reasoning) > shown[1]:
+            widget.show_thinking(reasoning)
+        await widget.add(text[shown[0] :])
         self._show_status()
-        return len(text)
+        return len(text), len(reasoning)
 
     async def action_stop(self) -> None:
         """Stop what is going on: first ask the engine, when asked again stop waiting for it."""
@@ -287,8 +293,11 @@ class ChatScreen(Screen[None]):
 
     def _trouble(self, error: GryphonError) -> None:
         """Say what went wrong, once, below the conversation; what is on screen stays."""
-        if all(notice.text != error.message for notice in self.transcript.query(Notice)):
-            self.transcript.mount(Notice(error.message, is_error=True))
+        self._tell(error.message, is_error=True)
+
+    def _tell(self, text: str, *, is_error: bool = False) -> None:
+        if all(notice.text != text for notice in self.transcript.query(Notice)):
+            self.transcript.mount(Notice(text, is_error=is_error))
 
     def _show_status(self) -> None:
         session = self.session

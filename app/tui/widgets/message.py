@@ -30,11 +30,13 @@ class AnswerMessage(Vertical):
         self._message = message
 
     def compose(self) -> ComposeResult:
+        yield Static(printable(self._message.reasoning), classes="thinking", markup=False)
         # Links are opened below: the model wrote them, so a web address or nothing.
         yield Markdown(printable(self._message.content), open_links=False)
         yield Static("", classes="note", markup=False)
 
     def on_mount(self) -> None:
+        self.query_one(".thinking").display = bool(self._message.reasoning)
         if self._message.state != "streaming":
             self._show_ending(self._message)
 
@@ -43,6 +45,12 @@ class AnswerMessage(Vertical):
         event.stop()
         if urlsplit(event.href).scheme in ("http", "https"):
             webbrowser.open(event.href)
+
+    def show_thinking(self, reasoning: str) -> None:
+        """Show all that the model thought so far."""
+        thinking = self.query_one(".thinking", Static)
+        thinking.update(printable(reasoning))
+        thinking.display = bool(reasoning)
 
     async def add(self, text: str) -> None:
         """Append a piece of the answer."""
