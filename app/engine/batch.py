@@ -45,6 +45,8 @@ class Row:
     prompt: list[int] = field(default_factory=list)
     boundaries: list[int] = field(default_factory=list)
     """Lengths of prefixes of the prompt that other prompts are likely to begin with."""
+    connection: str = ""
+    """Over which it came."""
     done: bool = False
     announced_wait: bool = False
 
@@ -75,6 +77,12 @@ class Row:
     def generation(self) -> GenerationRequest:
         assert isinstance(self.request, GenerationRequest)
         return self.request
+
+    @property
+    def client(self) -> str:
+        """For whom it takes its turn."""
+        named = self.request.client if isinstance(self.request, GenerationRequest) else ""
+        return named or self.connection
 
     @property
     def usage(self) -> Usage:

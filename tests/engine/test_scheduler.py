@@ -16,6 +16,7 @@ import pytest
 
 import mlxmodels
 from app.engine import scheduler as scheduling
+from app.engine import waiting
 from app.engine.batch import Row
 from app.engine.protocol import (
     Accepted,
@@ -270,7 +271,7 @@ def test_cancelling_in_the_queue_and_twice_is_one_end(
 def test_a_full_queue_refuses_with_retry_after(
     harness: Harness, checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduling, "MAX_QUEUE", 2)
+    monkeypatch.setattr(waiting, "MAX_QUEUE", 2)
     monkeypatch.setattr(scheduling, "MAX_ROWS", 1)
     model = checkpoints["open_llama"]
     for i in range(6):
@@ -279,12 +280,14 @@ def test_a_full_queue_refuses_with_retry_after(
     ends = [harness.said[f"r{i}"][-1] for i in range(6)]
     refused = [e for e in ends if isinstance(e, Failed)]
     assert refused and all(e.code == "queue_full" and e.retry_after for e in refused)
+    assert all("of 2 at most" in e.message for e in refused)
     assert any(isinstance(e, Finished) for e in ends)
 
 
 def test_another_model_waits_for_running_rows_then_takes_over(
-    harness: Harness, checkpoints: dict[str, ModelRef]
+    harness: Harness, checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(waiting, "MAX_TURN_S", 0)  # the first model has had its turn
     first, second = checkpoints["open_llama"], checkpoints["recurrent_gemma"]
     harness.submit(request(first, "a", max_tokens=40), prompt_of(5))
     while not harness.tokens("a"):
