@@ -3,6 +3,8 @@ exactly once. That a row in a batch is that row alone: `test_batch_equals_single
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import queue
 import random
 import threading
@@ -17,6 +19,7 @@ import pytest
 import mlxmodels
 from app.engine import scheduler as scheduling
 from app.engine import waiting
+from app.engine.admission import PREFILL_CHUNK
 from app.engine.batch import Row
 from app.engine.protocol import (
     Accepted,
@@ -30,6 +33,7 @@ from app.engine.protocol import (
     Sampling,
     Token,
 )
+from app.engine.resident import load_resident
 from app.engine.sampling import logprobs_of
 from app.engine.scheduler import Scheduler
 
@@ -162,6 +166,69 @@ def test_a_running_row_waits_one_chunk_at_most_for_a_newcomer(
             order.append(event.id)
     for first, second in zip(order, order[1:], strict=False):
         assert (first, second) != ("new", "new"), f"two chunks with no token between: {order}"
+
+
+class Recorded:
+    """A model that notes how many rows and tokens each call of it has."""
+
+    def __init__(self, model: Any, calls: list[tuple[int, int]]) -> None:
+        self._model = model
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, inputs: mx.array, **options: Any) -> mx.array:
+        self._calls.append((inputs.shape[0], inputs.shape[1]))
+        return self._model(inputs, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_chunk_at_most_is_computed_between_two_steps_however_many_prompts_wait(
+    checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Also where chunks are cut up to keep the states, and from one prompt to the next."""
+    calls: list[tuple[int, int]] = []
+
+    def recorded(*arguments: Any) -> Any:
+        resident = load_resident(*arguments)
+        model = Recorded(resident.loaded.model, calls)
+        return dataclasses.replace(
+            resident, loaded=dataclasses.replace(resident.loaded, model=model)
+        )
+
+    monkeypatch.setattr(scheduling, "load_resident", recorded)
+    scheduler = Scheduler(prefix_cache_bytes=2**24)
+    model, ended = checkpoints[family], list[str]()
+    lengths = {"b": 402, "c": 3, "d": 301, "e": 290, "f": 403}
+
+    def happened(event: Event) -> None:
+        if isinstance(event, Token) and event.id == "a" and len(calls) == 3:
+            for i, (id, length) in enumerate(lengths.items()):
+                row = Row(request(model, id, max_tokens=5), happened, prompt_of(length, i))
+                row.boundaries = [length // 3, length // 2]
+                scheduler.submit(row)
+        elif isinstance(event, (Finished, Failed)):
+            ended.append(event.id)
+            if len(ended) == 1 + len(lengths):
+                scheduler.stop()
+
+    scheduler.submit(Row(request(model, "a", max_tokens=80), happened, prompt_of(5)))
+    scheduler.run()
+    assert sorted(ended) == ["a", *lengths]
+    chunk = PREFILL_CHUNK[mx.default_device().type]
+    prefilled = [0]
+    for rows, tokens in calls:
+        if (rows, tokens) == (1, 1) or rows > 1:  # a step; no chunk of these prompts has one token
+            prefilled.append(0)
+        else:
+            prefilled[-1] += tokens
+    # The first prompt had nobody to delay; from then on a row is running.
+    assert max(prefilled) <= chunk
+    assert sum(prefilled) == 4 + sum(length - 1 for length in lengths.values())
+    assert sum(count > 0 for count in prefilled) >= 1 + sum(
+        math.ceil((length - 1) / chunk) for length in lengths.values()
+    )
 
 
 def test_finish_reasons_and_counts(harness: Harness, checkpoints: dict[str, ModelRef]) -> None:
