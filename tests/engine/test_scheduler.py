@@ -200,13 +200,13 @@ def test_one_chunk_at_most_is_computed_between_two_steps_however_many_prompts_wa
     monkeypatch.setattr(scheduling, "load_resident", recorded)
     scheduler = Scheduler(prefix_cache_bytes=2**24)
     model, ended = checkpoints[family], list[str]()
-    lengths = {"b": 402, "c": 3, "d": 301, "e": 290, "f": 403}
+    lengths = {"b": 402, "c": 9, "d": 301, "e": 290, "f": 403}
 
     def happened(event: Event) -> None:
         if isinstance(event, Token) and event.id == "a" and len(calls) == 3:
             for i, (id, length) in enumerate(lengths.items()):
                 row = Row(request(model, id, max_tokens=5), happened, prompt_of(length, i))
-                row.boundaries = [length // 3, length // 2]
+                row.boundaries = [length // 3, length * 2 // 3]
                 scheduler.submit(row)
         elif isinstance(event, (Finished, Failed)):
             ended.append(event.id)
