@@ -176,6 +176,24 @@ async def test_counters_are_the_sums_of_what_the_requests_were_told(
         await other.close()
 
 
+async def test_requests_of_a_client_that_leaves_are_ended_and_counted(
+    client: EngineClient, models: dict[str, ModelRef]
+) -> None:
+    await client.start()
+    other = EngineClient()
+    stream = other.stream(request(models["endless"], "a", max_tokens=10**6))
+    while not isinstance(await anext(stream), Token):
+        pass
+    assert [one.id for one in (await status_of(client)).requests] == ["a"]
+    await other.close()
+    async for _ in stream:
+        pass
+    status = await status_of(client)
+    while status.requests:
+        status = await status_of(client)
+    assert status.counters is not None and status.counters.finished == {"cancelled": 1}
+
+
 async def test_the_client_counts_starts_and_crashes(
     client: EngineClient, models: dict[str, ModelRef]
 ) -> None:

@@ -155,16 +155,22 @@ async def test_cancelled_while_it_waits_or_works_it_holds_nothing(
 
 
 async def test_cancelled_in_the_moment_it_gets_a_process_it_gives_it_back(
-    pool: PreparationPool, start: Start, model: Path
+    pool: PreparationPool, start: Start, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = start(text(model, "a"), "a")
-    while not busy(pool):
-        await asyncio.sleep(0)
-    (process,) = pool._processes
-    assert process.job is not None and process.job.process.done()
-    task.cancel()
+    monkeypatch.setattr(preparation_pool, "_START_AFTER_S", 3600.0)  # one process
+    first, second = start(text(model, "a"), "a"), start(text(model, "b"), "a")
+    genuine = pool._free
+
+    def free(process: preparation_pool._Process) -> None:
+        genuine(process)
+        if not second.cancelling():
+            assert process.job is not None and not second.done()  # given, and not told yet
+            second.cancel()
+
+    monkeypatch.setattr(pool, "_free", free)
+    assert await count(first) == 1
     with pytest.raises(asyncio.CancelledError):
-        await task
+        await second
     assert busy(pool) == 0
     assert await count(start(text(model, "abc"), "a")) == 3
 
