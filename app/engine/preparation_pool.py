@@ -1,8 +1,8 @@
 """Several prompts prepared at once, so that a slow one delays those who sent it and nobody else.
 
 A few processes (`app.engine.preparation`), started as prompts wait for one. All but one of them
-take any prompt. The last takes only what may well be quick: small prompts, for a model with
-none under way and whose last one was not slow. So what is slow, a book or a template that loops, does
+take any prompt. The last takes only what may well be quick: small prompts, for a model with none
+under way and whose last one was not slow. So what is slow, a book or a template that loops, does
 not hold all of them.
 """
 

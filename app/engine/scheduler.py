@@ -325,9 +325,12 @@ class Scheduler:
             if row.marks and stop == row.marks[0]:
                 row.marks.popleft()
                 self._keep(row, row.caches)
-        if total - row.cached > size:
+        has_read = room < size
+        if has_read and total - row.cached > size:
             row.emit(Progress(row.request.id, "prefill", row.processed + 1, total + 1))
-        if row.processed >= total:
+        # Joining a batch copies the row's states: of a long prompt that is a turn's work by itself.
+        waits = has_read and total > size and bool(self._batch.rows)
+        if row.processed >= total and not waits:
             self._prefilling = None
             resident.loaded.end_prompt(row.caches)
             self._batch.join(row)

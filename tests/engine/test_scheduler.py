@@ -20,7 +20,7 @@ import mlxmodels
 from app.engine import scheduler as scheduling
 from app.engine import waiting
 from app.engine.admission import PREFILL_CHUNK
-from app.engine.batch import Row
+from app.engine.batch import Batch, Row
 from app.engine.protocol import (
     Accepted,
     Event,
@@ -197,7 +197,19 @@ def test_one_chunk_at_most_is_computed_between_two_steps_however_many_prompts_wa
             resident, loaded=dataclasses.replace(resident.loaded, model=model)
         )
 
+    genuine = Batch.join
+
+    def join(self: Batch, row: Row) -> None:
+        is_costly = len(row.prompt) > chunk and bool(self.rows)
+        assert not is_costly or not is_chunk(calls[-1]), "states copied on top of a chunk"
+        genuine(self, row)
+
+    def is_chunk(call: tuple[int, int]) -> bool:
+        return call[0] == 1 and call[1] > 1  # no chunk of these prompts has one token
+
+    monkeypatch.setattr(Batch, "join", join)
     monkeypatch.setattr(scheduling, "load_resident", recorded)
+    chunk = PREFILL_CHUNK[mx.default_device().type]
     scheduler = Scheduler(prefix_cache_bytes=2**24)
     model, ended = checkpoints[family], list[str]()
     lengths = {"b": 402, "c": 9, "d": 301, "e": 290, "f": 403}
@@ -216,13 +228,12 @@ def test_one_chunk_at_most_is_computed_between_two_steps_however_many_prompts_wa
     scheduler.submit(Row(request(model, "a", max_tokens=80), happened, prompt_of(5)))
     scheduler.run()
     assert sorted(ended) == ["a", *lengths]
-    chunk = PREFILL_CHUNK[mx.default_device().type]
     prefilled = [0]
-    for rows, tokens in calls:
-        if (rows, tokens) == (1, 1) or rows > 1:  # a step; no chunk of these prompts has one token
-            prefilled.append(0)
+    for call in calls:
+        if is_chunk(call):
+            prefilled[-1] += call[1]
         else:
-            prefilled[-1] += tokens
+            prefilled.append(0)
     # The first prompt had nobody to delay; from then on a row is running.
     assert max(prefilled) <= chunk
     assert sum(prefilled) == 4 + sum(length - 1 for length in lengths.values())
@@ -423,8 +434,6 @@ def test_load_makes_a_model_resident_without_generating(
 def test_an_exception_in_a_step_ends_its_rows_and_the_engine_goes_on(
     harness: Harness, checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.engine.batch import Batch
-
     genuine = Batch.launch
 
     def failing(self: Batch, model: Any) -> Any:
