@@ -36,6 +36,8 @@ class FakeEngine:
         self.answers = list(answers)
         self.requests: list[GenerationRequest] = []
         self.cancelled: list[str] = []
+        self.starts = 0
+        self.crashes = 0
         self.prompt_tokens = 7
         self.context_length: int | None = 8192
         self.started = False

@@ -15,9 +15,9 @@ import msgspec
 
 from app import __version__, paths
 from app.cli import kernels
-from app.cli.terminal import human_bytes
+from app.cli.terminal import human_bytes, printable
 from app.engine.client import EngineClient
-from app.engine.protocol import EngineStatus
+from app.engine.protocol import EngineStatus, RequestStatus
 from app.errors import GryphonError
 from app.library.installed import find_model, installed_models
 from app.settings import Settings, child_environment
@@ -53,12 +53,40 @@ def _describe(status: EngineStatus) -> str:
         ("model", f"{model}, {status.state}"),
         ("requests", f"{status.running} running, {status.queued} queued"),
         ("memory", f"{human_bytes(status.weight_bytes)} weights, "
-         f"{human_bytes(status.state_bytes)} state, {human_bytes(status.active_bytes)} in all"),
+         f"{human_bytes(status.state_bytes)} state, {human_bytes(status.prefix_bytes)} kept for "
+         f"later requests, {human_bytes(status.active_bytes)} in all"),
         ("context", context if status.model else "-"),
         ("device", f"{status.device}: {status.backend_note}"),
         ("engine", f"process {status.pid}, up {status.uptime_s:.0f} s, gryphon {status.gryphon}"),
     ]  # fmt: skip
-    return "\n".join(f"{name:<9} {value}" for name, value in rows)
+    lines = [f"{name:<9} {value}" for name, value in rows]
+    return "\n".join([*lines, *_table(status.requests)])
+
+
+def _table(requests: list[RequestStatus]) -> list[str]:
+    """The requests under way, a line each, under a heading."""
+    if not requests:
+        return []
+    cells: list[tuple[str, ...]] = [
+        ("request", "client", "model", "phase", "prompt", "cached", "generated", "time")
+    ]
+    cells += [
+        (
+            *(printable(text) for text in (one.id, one.client, one.model, one.phase)),
+            *(str(n) for n in (one.prompt_tokens, one.cached_tokens, one.generated_tokens)),
+            f"{one.seconds:.0f} s",
+        )
+        for one in requests
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 4 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    return ["", *lines]
 
 
 def doctor(arguments: argparse.Namespace) -> int:

@@ -70,6 +70,11 @@ def human_bytes(count: float) -> str:
     return f"{amount:.1f} {unit}" if amount < 10 else f"{amount:.0f} {unit}"
 
 
+def printable(text: str) -> str:
+    """Text that others chose, on one line and without what a terminal would obey."""
+    return "".join(char if char.isprintable() else "�" for char in text)
+
+
 def confirm(question: str) -> bool:
     """Ask on the terminal, yes by default. Ask only when `can_ask`."""
     sys.stderr.write(f"{question} [Y/n] ")

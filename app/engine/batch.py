@@ -58,6 +58,8 @@ class Row:
     """What a person should know of the prompt."""
     matcher: Matcher | None = None
     """Where its answer is in the constraint it was given."""
+    connection: str = ""
+    """Over which it came."""
     done: bool = False
     announced_wait: bool = False
 
@@ -92,6 +94,12 @@ class Row:
     def generation(self) -> GenerationRequest:
         assert isinstance(self.request, GenerationRequest)
         return self.request
+
+    @property
+    def client(self) -> str:
+        """For whom it takes its turn."""
+        named = self.request.client if isinstance(self.request, GenerationRequest) else ""
+        return named or self.connection
 
     @property
     def usage(self) -> Usage:

@@ -223,6 +223,11 @@ class EngineClient:
     """
 
     def __init__(self) -> None:
+        self.starts = 0
+        """Engines started by this client."""
+        self.crashes = 0
+        """Engines that ended unexpectedly, started by whomever, while it was connected to them or
+        waited for them."""
         self._owned: EngineProcess | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._listener: asyncio.Task[None] | None = None
@@ -262,6 +267,7 @@ class EngineClient:
                 if self._owned is not None and self._owned.has_died:
                     owned, self._owned = self._owned, None
                     how = owned.crashed()
+                    self.crashes += 1
                     self._deaths.failed()
                     raise GryphonError(
                         "engine_not_started",
@@ -290,6 +296,7 @@ class EngineClient:
             if self._deaths.remaining_s:
                 raise _restarting(self._deaths)
             owned.spawn()
+            self.starts += 1
         except BaseException:
             owned.end()
             raise
@@ -485,6 +492,7 @@ class EngineClient:
 
     def _note_death(self) -> None:
         """Count the death of the engine, and against the model it was loading."""
+        self.crashes += 1
         if time.monotonic() - self._attached_s > _STABLE_S:
             self._deaths.succeeded()
         self._deaths.failed()

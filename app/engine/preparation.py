@@ -111,6 +111,8 @@ class Preparer:
                 *[sys.executable, "-P", "-m", "app.engine.preparation", str(self._time_limit_s)],
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                # A native library that fails quotes what it was given, and this would be the log.
+                stderr=asyncio.subprocess.DEVNULL,
                 limit=2**26,
                 env=child_environment(TOKENIZERS_PARALLELISM="false"),
             )

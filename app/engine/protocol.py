@@ -160,11 +160,17 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     says how many guesses were right. A row whose guesses are not ends up without it."""
     constraint: Constraint | None = None
     """What the answer is forced to be; `Constraint` says how that goes with the other fields."""
+    client: str = ""
+    """Who asks, for fairness: requests of one client wait for each other first, and one client's
+    many do not delay another's one. A face names itself ("tui") or, where it speaks for several,
+    each of them (a digest of the API key, a remote address): all requests of a REST endpoint come
+    over one connection. Empty: the connection. Shown by `gryphon ps`, so no secret."""
     wait_for_model: bool = True
     """False: fail with `model_busy` instead of waiting to swap out a model that is in use."""
 
 
 MAX_STOP_STRINGS = 16
+MAX_CLIENT_CHARACTERS = 200
 # OpenAI documents no limit; this is more than clients send and cheap to add at every step.
 MAX_LOGIT_BIAS = 1024
 _MAX_INT32 = 2**31 - 1
@@ -215,6 +221,12 @@ def check_request(request: GenerationRequest) -> None:
         )
     if "" in request.stop:
         raise GryphonError("invalid_request", "stop holds an empty string, which ends everything.")
+    if len(request.client) > MAX_CLIENT_CHARACTERS:
+        raise GryphonError(
+            "invalid_request",
+            f"client may have {MAX_CLIENT_CHARACTERS} characters at most, "
+            f"got {len(request.client)}.",
+        )
     if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
         raise GryphonError(
             "invalid_request",
@@ -350,7 +362,8 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
     """What a request is waiting for. `processed` of `total` are tokens in "prefill" and bytes in
-    "load"; in "queue" `total` is the number of requests ahead; total 0 is unknown."""
+    "load"; total 0 is unknown. In "queue" `total` is the number of requests ahead, told again when
+    it changes; requests for a model that is not resident wait for running ones besides."""
 
     id: str
     phase: Literal["queue", "swap", "load", "prefill"]
@@ -445,6 +458,57 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     retry_after: float | None = None
 
 
+Phase = Literal["preparing", "queued", "loading", "prefill", "decode"]
+
+
+class RequestStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One request under way. What it says is never part of it."""
+
+    id: str
+    client: str
+    """Who asked: what the request says, else a name of the connection it came over."""
+    model: str
+    phase: Phase
+    """"preparing" is rendering and tokenizing, "loading" its model."""
+    prompt_tokens: int
+    """0 until it is accepted, as are cached_tokens."""
+    cached_tokens: int
+    generated_tokens: int
+    seconds: float
+    """Since it arrived."""
+
+
+class Histogram(msgspec.Struct, frozen=True):
+    """How often a value was up to each of `bounds`, which ascend, and not up to the one before.
+    `counts` has one more: how often it was above them all."""
+
+    bounds: list[float]
+    counts: list[int]
+    sum: float
+
+
+class Counters(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine has done since it started. Times are in seconds and seen by its clients'
+    side of it, the MLX thread's delays included."""
+
+    finished: dict[str, int]
+    """Requests by finish reason."""
+    failed: dict[str, int]
+    """Requests by error code."""
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    model_loads: int
+    queue_s: Histogram
+    """From arrival to the beginning of prefill, of every accepted request."""
+    first_token_s: Histogram
+    """From arrival to the first token."""
+    between_tokens_s: Histogram
+    """From one token of an answer to the next."""
+    request_s: Histogram
+    """From arrival to the end, of those that finished."""
+
+
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="engine_status"):
     """A picture of the engine, for `gryphon ps`, status bars and /health."""
 
@@ -468,6 +532,9 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="engine_status
     queued: int
     uptime_s: float
     context_length: int | None = None
+    requests: list[RequestStatus] = []
+    """Those under way, oldest first; loads of models too."""
+    counters: Counters | None = None
 
 
 Event = Welcome | Accepted | Progress | Token | ToolCall | Finished | Failed | EngineStatus

@@ -1,9 +1,10 @@
 """Continuous batching on the one thread that owns MLX.
 
-A request waits in a queue, is prefilled alone in chunks, then joins the batch that decodes one
-token for all its rows at once. Between two decode steps at most one chunk of prefill runs, so no
-running row waits longer than that for a newcomer. The last prompt token is not prefilled: it is the
-row's first input to the batch, so every forward pass but those of prefill serves all rows.
+A request waits in a queue (`app.engine.waiting`), is prefilled alone in chunks, then joins the
+batch that decodes one token for all its rows at once. Between two decode steps at most one chunk of
+prefill runs, so no running row waits longer than that for a newcomer. The last prompt token is not
+prefilled: it is the row's first input to the batch, so every forward pass but those of prefill
+serves all rows.
 
 Decoding is one step ahead of reading: a step is launched with the tokens of the step before, still
 unread, and only then are those read, turned into text and sent. A row that turns out to have ended
@@ -26,7 +27,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ from app.engine.admission import PREFILL_CHUNK, admit
 from app.engine.answer import NOTHING
 from app.engine.batch import Batch, Emit, Launch, Row
 from app.engine.constrained import allowed_tokens
+from app.engine.ledger import line
 from app.engine.memory import available_bytes
 from app.engine.prefix_cache import PrefixCache, can_keep
 from app.engine.protocol import (
@@ -52,12 +54,12 @@ from app.engine.protocol import (
 )
 from app.engine.resident import ResidentModel, load_resident, release_memory
 from app.engine.speculation import Lane, Lanes
+from app.engine.waiting import WaitingQueue
 from app.errors import GryphonError
 
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16
-MAX_QUEUE = 64
 _MAX_PREFIX_BYTES = 2 * 1024**3
 
 
@@ -92,7 +94,7 @@ class Scheduler:
         self.snapshot = Snapshot()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
-        self._queue: deque[Row] = deque()
+        self._queue = WaitingQueue()
         self._prefilling: Row | None = None
         self._batch = Batch()
         self._lanes = Lanes()
@@ -101,6 +103,8 @@ class Scheduler:
         self._prefix_cache_bytes = prefix_cache_bytes
         self._prefixes: PrefixCache | None = None
         self._outbox: list[tuple[Emit, Event]] = []
+        self.model_loads = 0
+        """Models made resident so far; any thread may read it."""
 
     # Called from other threads.
 
@@ -139,6 +143,14 @@ class Scheduler:
     def _active(self) -> int:
         """Rows being prefilled or decoded."""
         return len(self._batch.rows) + len(self._lanes) + (self._prefilling is not None)
+
+    @property
+    def _running(self) -> Counter[str]:
+        """How many rows of each client are being prefilled or decoded."""
+        rows = [*self._batch.rows, *self._lanes.rows]
+        if self._prefilling is not None:
+            rows.append(self._prefilling)
+        return Counter(row.client for row in rows)
 
     @property
     def _holds_state(self) -> bool:
@@ -180,13 +192,6 @@ class Scheduler:
         request = row.request
         send = row.emit
         row.emit = lambda event: self._outbox.append((send, event))
-        if len(self._queue) >= MAX_QUEUE:
-            row.fail(
-                "queue_full",
-                f"{len(self._queue)} requests are waiting already. Try again in a moment.",
-                retry_after=1.0,
-            )
-            return
         others = [waiting.request.model for waiting in self._queue]
         if self._resident is not None and self._holds_state:
             others.append(self._resident.ref)
@@ -203,16 +208,16 @@ class Scheduler:
                 retry_after=1.0,
             )
             return
-        if ahead := len(self._queue) + (self._prefilling is not None):
-            row.emit(Progress(request.id, "queue", 0, ahead))
-        self._queue.append(row)
+        try:
+            self._queue.add(row)
+        except GryphonError as error:
+            row.fail(error.code, error.message, error.retry_after)
 
     def _cancel(self, row: Row) -> None:
         if row.done:
             return
         row.finish("cancelled", row.text.finish() if row.text is not None else NOTHING)
-        if row in self._queue:
-            self._queue.remove(row)
+        self._queue.remove(row)
         if row is self._prefilling:
             self._prefilling = None
             self._keep(row, row.caches)
@@ -242,24 +247,25 @@ class Scheduler:
     def _admit(self) -> None:
         if not self._queue or self._prefilling is not None:
             return
-        row = self._queue[0]
-        if self._resident is None or row.request.model != self._resident.ref:
+        ref = self._resident.ref if self._resident is not None else None
+        row = self._queue.next(ref, self._running)
+        if row.request.model != ref:
             if self._holds_state:
                 self._announce_wait(row)
                 return
             if not self._change_model(row):
                 return
         if isinstance(row.request, LoadModel):
-            self._queue.popleft()
+            self._queue.admit(row)
             row.finish("stop")
         elif draft := self._lanes.missing_draft(row):
             if self._holds_state:
                 self._announce_wait(row)
             else:
-                self._queue.popleft()
+                self._queue.admit(row)
                 self._guarded(functools.partial(self._load_draft, row, draft), [row])
         elif self._active < (MAX_ROWS if self._resident and self._resident.can_batch else 1):
-            self._queue.popleft()
+            self._queue.admit(row)
             self._guarded(lambda: self._begin(row), [row])
 
     def _announce_wait(self, row: Row) -> None:
@@ -271,6 +277,7 @@ class Scheduler:
     def _change_model(self, row: Row) -> bool:
         """Make the model of `row` resident, or fail everyone who waits for that model."""
         ref = row.request.model
+        self._log_unload()
         self._resident = None
         self._prefixes = None
         self._batch = Batch()
@@ -278,19 +285,26 @@ class Scheduler:
         release_memory()
         self.snapshot = Snapshot(model=ref, state="loading", queued=len(self._queue))
 
+        started = time.monotonic()
         try:
             self._resident = load_resident(ref, self._load_progress(row, ref))
         except GryphonError as error:
             release_memory()
+            logger.info(line("load failed", model=ref.name, code=error.code))
             for waiting in [row for row in self._queue if row.request.model == ref]:
                 self._queue.remove(waiting)
                 waiting.fail(error.code, error.message)
             return False
+        load_s = time.monotonic() - started
+        self._queue.begin_turn(load_s)
+        self.model_loads += 1
+        weight_bytes = self._resident.loaded.nbytes
+        logger.info(line("loaded", model=ref.name, seconds=load_s, weight_bytes=weight_bytes))
         self._prefixes = self._new_prefix_cache(self._resident)
         return True
 
     def _load_draft(self, row: Row, ref: ModelRef) -> None:
-        """Make the draft model of `row` resident too and put the row back, or fail it."""
+        """Make the draft model of `row` resident too and begin the row, or fail it."""
         assert self._resident is not None
         try:
             self._lanes.load_draft(ref, self._resident, self._load_progress(row, ref))
@@ -298,7 +312,7 @@ class Scheduler:
             release_memory()
             row.fail(error.code, error.message)
         else:
-            self._queue.appendleft(row)
+            self._begin(row)
 
     def _load_progress(self, row: Row, ref: ModelRef) -> Callable[[int, int], None]:
         def progress(done: int, total: int) -> None:
@@ -306,6 +320,10 @@ class Scheduler:
             self._send_events()  # the turn will not end for a while
 
         return progress
+
+    def _log_unload(self) -> None:
+        if self._resident is not None:
+            logger.info(line("unloaded", model=self._resident.ref.name))
 
     def _new_prefix_cache(self, resident: ResidentModel) -> PrefixCache | None:
         """None where nothing may be kept."""
@@ -346,9 +364,13 @@ class Scheduler:
             if row.marks and stop == row.marks[0]:
                 row.marks.popleft()
                 self._keep(row, row.caches)
-        if total - row.cached > size:
+        has_read = room < size
+        if has_read and total - row.cached > size:
             row.emit(Progress(row.request.id, "prefill", row.processed + 1, total + 1))
         if row.processed < total or (row.lane is not None and not row.lane.read_prompt(room)):
+            return
+        # Joining a batch copies the row's states: of a long prompt that is a turn's work by itself.
+        if row.lane is None and has_read and total > size and self._batch.rows:
             return
         self._prefilling = None
         resident.loaded.end_prompt(row.caches)
@@ -429,6 +451,8 @@ class Scheduler:
 
     def _end_turn(self) -> None:
         """Events go out after the snapshot that includes what they tell."""
+        ref = self._resident.ref if self._resident is not None else None
+        self._queue.tell_positions(ref, self._running, int(self._prefilling is not None))
         self._publish()
         self._send_events()
 

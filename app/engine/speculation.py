@@ -188,6 +188,10 @@ class Lanes:
         return len(self._lanes)
 
     @property
+    def rows(self) -> list[Row]:
+        return [lane.row for lane in self._lanes]
+
+    @property
     def state_bytes(self) -> int:
         return sum(lane.nbytes for lane in self._lanes)
 

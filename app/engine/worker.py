@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import signal
@@ -24,8 +25,10 @@ import msgspec
 
 import app
 from app.engine import blas
+from app.engine.ledger import Ledger
 from app.engine.matcher import Matcher, Matchers
-from app.engine.preparation import Preparer, Prompt, TokenizedPrompt
+from app.engine.preparation import Prompt, TokenizedPrompt
+from app.engine.preparation_pool import PreparationPool
 from app.engine.protocol import (
     PROTOCOL_VERSION,
     Accepted,
@@ -59,14 +62,20 @@ _NO_PROMPT = TokenizedPrompt([], [])
 class Connection:
     """One client: its requests by id, and its half of the socket."""
 
-    def __init__(self, engine: Engine, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, engine: Engine, writer: asyncio.StreamWriter, name: str) -> None:
+        self.name = name
         self._engine = engine
         self._writer = writer
         self.rows: dict[str, Row] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def send(self, event: Event) -> None:
-        """Queue an event for the client; one that does not read is disconnected."""
+        """Queue an event of a request for the client."""
+        self._engine.ledger.saw(self.name, event)
+        self._write(event)
+
+    def _write(self, event: Event) -> None:
+        """Queue an event; a client that does not read is disconnected."""
         if self._writer.is_closing():
             return
         if self._writer.transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
@@ -77,21 +86,24 @@ class Connection:
 
     async def serve(self, reader: asyncio.StreamReader) -> None:
         """Handle commands until the client is gone, then cancel what it left running."""
-        self.send(Welcome(PROTOCOL_VERSION, app.__version__, os.getpid()))
+        self._write(Welcome(PROTOCOL_VERSION, app.__version__, os.getpid()))
         try:
             while True:
                 command = await read_command(reader)
                 if isinstance(command, GetStatus):
-                    self.send(self._engine.status(command.id))
+                    self._write(self._engine.status(command.id))
                 elif isinstance(command, Cancel):
                     self._cancel(command.id)
                 elif command.id in self._tasks or command.id in self.rows:
                     message = f"A request with id {command.id!r} is running already."
-                    self.send(Failed(command.id, "invalid_request", message))
-                elif isinstance(command, LoadModel):
-                    self._submit(command, _NO_PROMPT)
+                    self._engine.ledger.refused("invalid_request")
+                    self._write(Failed(command.id, "invalid_request", message))
                 else:
-                    self._start(command)
+                    self._engine.ledger.began(self.name, command)
+                    if isinstance(command, LoadModel):
+                        self._submit(command, _NO_PROMPT)
+                    else:
+                        self._start(command)
         except asyncio.IncompleteReadError:
             pass
         except (ConnectionError, ValueError, RecursionError) as error:
@@ -119,7 +131,8 @@ class Connection:
                 tokenized = TokenizedPrompt(request.prompt_tokens, [])
             else:
                 prompt = _prompt_of(request)
-                tokenized = await self._engine.preparer.prepare(prompt)
+                client = request.client or self.name
+                tokenized = await self._engine.preparation.prepare(prompt, client)
             matcher = None
             if request.constraint is not None:  # last: from here on it belongs to the row
                 path = request.model.path
@@ -138,7 +151,7 @@ class Connection:
         from app.engine.batch import Row
 
         emit = functools.partial(self._engine.emit, self)
-        return Row(request, emit, *prompt, submitted_s=started)
+        return Row(request, emit, *prompt, connection=self.name, submitted_s=started)
 
     def _submit(
         self,
@@ -150,6 +163,7 @@ class Connection:
         row = self._row(request, prompt, started or time.monotonic())
         row.matcher = matcher
         self.rows[request.id] = row
+        self._engine.ledger.queued(self.name, request.id)
         self._engine.scheduler.submit(row)
 
     def _cancel(self, request_id: str) -> None:
@@ -174,13 +188,15 @@ class Engine:
 
     def __init__(self, backend: blas.Blas, device: str, scheduler: Scheduler) -> None:
         self.connections = 0
-        self.preparer = Preparer(Settings.from_environment().prompt_time_limit_s)
         self.matchers = Matchers()
+        self.ledger = Ledger()
+        self.preparation = PreparationPool(Settings.from_environment().prompt_time_limit_s)
         self.scheduler = scheduler
         self._backend = backend
         self._device = device
         self._started = time.monotonic()
         self._loop = asyncio.get_running_loop()
+        self._names = itertools.count(1)
 
     def emit(self, connection: Connection, event: Event) -> None:
         """Send an event from any thread."""
@@ -198,7 +214,7 @@ class Engine:
         """Serve one client."""
         self.connections += 1
         try:
-            await Connection(self, writer).serve(reader)
+            await Connection(self, writer, f"connection {next(self._names)}").serve(reader)
         finally:
             self.connections -= 1
 
@@ -222,6 +238,8 @@ class Engine:
             queued=view.queued,
             uptime_s=time.monotonic() - self._started,
             context_length=view.context_length,
+            requests=self.ledger.statuses(),
+            counters=self.ledger.counters(self.scheduler.model_loads),
         )
 
 

@@ -1,4 +1,4 @@
-"""The FastAPI application: guards, errors, `/`, `/health` and the dialects."""
+"""The FastAPI application: guards, errors, `/`, `/health`, `/metrics` and the dialects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.responses import Response
 from app import __version__
 from app.errors import GryphonError
 from app.library import installed
-from app.server import openai, security
+from app.server import metrics, openai, security
 from app.server.errors import ApiError, CatchFaults, JsonResponse, error_response, log_fault
 from app.server.generation import Backend, Engine, Models
 
@@ -72,6 +72,7 @@ def create_app(
         state, model = await _engine_state(engine)
         return JsonResponse({"status": "ok", "engine": state, "model": model})
 
+    app.include_router(metrics.router(engine))
     app.include_router(openai.router(Backend(engine, models, keep_alive_s)))
     return app
 

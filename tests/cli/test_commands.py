@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from app.cli import report
+from app.engine.protocol import RequestStatus
+
 from ..tiny_models import (
     OPEN_LLAMA,
     RECURRENT_GEMMA,
@@ -361,7 +364,31 @@ def endless(home: Path) -> Iterator[None]:
 def test_ps_shows_the_engine_of_another_gryphon(endless: None) -> None:
     status = json.loads(gryphon("ps", "--json").stdout)
     assert status["model"]["name"] == "endless" and status["running"] == 1
-    assert "endless, ready" in gryphon("ps").stdout
+    (running,) = status["requests"]
+    assert (running["model"], running["phase"]) == ("endless", "decode")
+    assert running["prompt_tokens"] > 0 and running["generated_tokens"] > 0
+    assert status["counters"]["model_loads"] == 1
+    shown = gryphon("ps").stdout
+    assert "endless, ready" in shown and "kept for later requests" in shown
+    heading, row = shown.splitlines()[-2:]
+    assert heading.split()[:4] == ["request", "client", "model", "phase"]
+    assert row.split()[0] == running["id"] and "decode" in row.split()
+
+
+def test_ps_shows_names_that_others_chose_without_what_a_terminal_obeys() -> None:
+    request = RequestStatus(
+        id="\x1b[2Ja\nb",
+        client="me",
+        model="m",
+        phase="queued",
+        prompt_tokens=0,
+        cached_tokens=0,
+        generated_tokens=0,
+        seconds=1.2,
+    )
+    (_, heading, row) = report._table([request])
+    assert row.startswith("�[2Ja�b  me") and row.endswith("1 s")
+    assert len(heading) == len(row)
 
 
 def test_no_wait_refuses_while_another_model_answers(endless: None, tiny: Path) -> None:
@@ -370,11 +397,11 @@ def test_no_wait_refuses_while_another_model_answers(endless: None, tiny: Path) 
 
 
 def test_doctor_names_what_would_be_used(tiny: Path) -> None:
-    report = json.loads(gryphon("doctor", "--json").stdout)
-    assert report["models"]["default"] == "tiny"
-    assert report["compute"]["device"] in ("CPU", "Apple GPU")
-    assert report["problems"] == {}
-    assert set(report["packages"]) == {"app", "mlxmodels", "metal"}
+    doctor = json.loads(gryphon("doctor", "--json").stdout)
+    assert doctor["models"]["default"] == "tiny"
+    assert doctor["compute"]["device"] in ("CPU", "Apple GPU")
+    assert doctor["problems"] == {}
+    assert set(doctor["packages"]) == {"app", "mlxmodels", "metal"}
     text = gryphon("doctor")
     assert text.returncode == 0 and "GFLOP/s" in text.stdout
 

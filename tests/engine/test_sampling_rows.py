@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 import mlxmodels
-from app.engine.protocol import Failed, Finished, GenerationRequest, ModelRef, Sampling, Token
+from app.engine.batch import Batch
+from app.engine.protocol import (
+    Failed,
+    Finished,
+    GenerationRequest,
+    ModelRef,
+    Sampling,
+    Token,
+)
 from app.engine.sampling import logprobs_of
 
 from ..tiny_models import OPEN_LLAMA, RECURRENT_GEMMA, write_model
@@ -34,7 +42,12 @@ SETTINGS = {
     "min_tokens": {"sampling": Sampling(temperature=2.0, seed=9), "min_tokens": 9},
     "ignore_eos": {"sampling": Sampling(temperature=2.0, seed=10), "ignore_eos": True},
     "logprobs": {"sampling": Sampling(temperature=1.0, seed=11), "logprobs": True},
-}
+    "top_logprobs": {
+        "sampling": Sampling(temperature=1.0, seed=12), "logprobs": True, "top_logprobs": 5,
+    },
+    "stop": {"sampling": Sampling(temperature=1.0, seed=13), "stop": list("aeiou")},
+    "other stop": {"sampling": Sampling(temperature=1.0, seed=13), "stop": ["never", *"AEIOU"]},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +74,16 @@ def request(model: ModelRef, id: str, **fields: Any) -> GenerationRequest:
 
 @pytest.mark.parametrize("family", ["open_llama", "recurrent_gemma"])
 def test_a_row_with_any_setting_is_the_same_alone_and_among_all_others(
-    engine: Harness, models: dict[str, ModelRef], family: str
+    engine: Harness, models: dict[str, ModelRef], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    genuine, met = Batch.launch, set[frozenset[str]]()
+
+    def launch(self: Batch, model: Any) -> Any:
+        names = {row.request.id.rpartition(" ")[0] for row in self.rows}
+        met.update(frozenset({one, other}) for one in names for other in names if one != other)
+        return genuine(self, model)
+
+    monkeypatch.setattr(Batch, "launch", launch)
     requests = {
         f"{name} {turn}": request(models[family], f"{name} {turn}", **fields)
         for turn in range(2)
@@ -78,6 +99,25 @@ def test_a_row_with_any_setting_is_the_same_alone_and_among_all_others(
     together = {name: engine.tokens(name) for name in requests}
     for name, asked in requests.items():
         assert together[name] == alone(engine, asked, prompts[name]), name
+        got, expected = (
+            [event for event in engine.said[id] if isinstance(event, (Token, Finished))]
+            for id in (name, f"alone-{name}")
+        )
+        for one, other in zip(got, expected, strict=True):
+            assert said(one) == pytest.approx(said(other), abs=1e-4), name
+    # Whatever a row asks for, it decoded with rows that ask for something else.
+    assert {name for pair in met for name in pair} == SETTINGS.keys()
+    assert len(met) > len(SETTINGS) * (len(SETTINGS) - 1) / 4, "few of the settings met"
+
+
+def said(event: Token | Finished) -> dict[str, Any]:
+    """What a token or an end tells, in a form that approx compares."""
+    if isinstance(event, Finished):
+        return {"reason": event.reason, "text": event.text}
+    logprobs = [*([event.logprob] if event.logprob else []), *event.top]
+    return {"text": event.text, "id": event.token_id} | {
+        f"logprob {i} of {one.token_id}": one.logprob for i, one in enumerate(logprobs)
+    }
 
 
 def reference(

@@ -3,6 +3,8 @@ exactly once. That a row in a batch is that row alone: `test_batch_equals_single
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import queue
 import random
 import threading
@@ -16,7 +18,9 @@ import pytest
 
 import mlxmodels
 from app.engine import scheduler as scheduling
-from app.engine.batch import Row
+from app.engine import waiting
+from app.engine.admission import PREFILL_CHUNK
+from app.engine.batch import Batch, Row
 from app.engine.protocol import (
     Accepted,
     Event,
@@ -29,6 +33,7 @@ from app.engine.protocol import (
     Sampling,
     Token,
 )
+from app.engine.resident import load_resident
 from app.engine.sampling import logprobs_of
 from app.engine.scheduler import Scheduler
 
@@ -163,6 +168,80 @@ def test_a_running_row_waits_one_chunk_at_most_for_a_newcomer(
         assert (first, second) != ("new", "new"), f"two chunks with no token between: {order}"
 
 
+class Recorded:
+    """A model that notes how many rows and tokens each call of it has."""
+
+    def __init__(self, model: Any, calls: list[tuple[int, int]]) -> None:
+        self._model = model
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, inputs: mx.array, **options: Any) -> mx.array:
+        self._calls.append((inputs.shape[0], inputs.shape[1]))
+        return self._model(inputs, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_chunk_at_most_is_computed_between_two_steps_however_many_prompts_wait(
+    checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Also where chunks are cut up to keep the states, and from one prompt to the next."""
+    calls: list[tuple[int, int]] = []
+
+    def recorded(*arguments: Any) -> Any:
+        resident = load_resident(*arguments)
+        model = Recorded(resident.loaded.model, calls)
+        return dataclasses.replace(
+            resident, loaded=dataclasses.replace(resident.loaded, model=model)
+        )
+
+    genuine = Batch.join
+
+    def join(self: Batch, row: Row) -> None:
+        is_costly = len(row.prompt) > chunk and bool(self.rows)
+        assert not is_costly or not is_chunk(calls[-1]), "states copied on top of a chunk"
+        genuine(self, row)
+
+    def is_chunk(call: tuple[int, int]) -> bool:
+        return call[0] == 1 and call[1] > 1  # no chunk of these prompts has one token
+
+    monkeypatch.setattr(Batch, "join", join)
+    monkeypatch.setattr(scheduling, "load_resident", recorded)
+    chunk = PREFILL_CHUNK[mx.default_device().type]
+    scheduler = Scheduler(prefix_cache_bytes=2**24)
+    model, ended = checkpoints[family], list[str]()
+    lengths = {"b": 402, "c": 9, "d": 301, "e": 290, "f": 403}
+
+    def happened(event: Event) -> None:
+        if isinstance(event, Token) and event.id == "a" and len(calls) == 3:
+            for i, (id, length) in enumerate(lengths.items()):
+                row = Row(request(model, id, max_tokens=5), happened, prompt_of(length, i))
+                row.boundaries = [length // 3, length * 2 // 3]
+                scheduler.submit(row)
+        elif isinstance(event, (Finished, Failed)):
+            ended.append(event.id)
+            if len(ended) == 1 + len(lengths):
+                scheduler.stop()
+
+    scheduler.submit(Row(request(model, "a", max_tokens=80), happened, prompt_of(5)))
+    scheduler.run()
+    assert sorted(ended) == ["a", *lengths]
+    prefilled = [0]
+    for call in calls:
+        if is_chunk(call):
+            prefilled[-1] += call[1]
+        else:
+            prefilled.append(0)
+    # The first prompt had nobody to delay; from then on a row is running.
+    assert max(prefilled) <= chunk
+    assert sum(prefilled) == 4 + sum(length - 1 for length in lengths.values())
+    assert sum(count > 0 for count in prefilled) >= 1 + sum(
+        math.ceil((length - 1) / chunk) for length in lengths.values()
+    )
+
+
 def test_finish_reasons_and_counts(harness: Harness, checkpoints: dict[str, ModelRef]) -> None:
     model = checkpoints["open_llama"]
     harness.submit(request(model, "length", max_tokens=3), prompt_of(4))
@@ -270,7 +349,7 @@ def test_cancelling_in_the_queue_and_twice_is_one_end(
 def test_a_full_queue_refuses_with_retry_after(
     harness: Harness, checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduling, "MAX_QUEUE", 2)
+    monkeypatch.setattr(waiting, "MAX_QUEUE", 2)
     monkeypatch.setattr(scheduling, "MAX_ROWS", 1)
     model = checkpoints["open_llama"]
     for i in range(6):
@@ -279,12 +358,14 @@ def test_a_full_queue_refuses_with_retry_after(
     ends = [harness.said[f"r{i}"][-1] for i in range(6)]
     refused = [e for e in ends if isinstance(e, Failed)]
     assert refused and all(e.code == "queue_full" and e.retry_after for e in refused)
+    assert all("of 2 at most" in e.message for e in refused)
     assert any(isinstance(e, Finished) for e in ends)
 
 
 def test_another_model_waits_for_running_rows_then_takes_over(
-    harness: Harness, checkpoints: dict[str, ModelRef]
+    harness: Harness, checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(waiting, "MAX_TURN_S", 0)  # the first model has had its turn
     first, second = checkpoints["open_llama"], checkpoints["recurrent_gemma"]
     harness.submit(request(first, "a", max_tokens=40), prompt_of(5))
     while not harness.tokens("a"):
@@ -353,8 +434,6 @@ def test_load_makes_a_model_resident_without_generating(
 def test_an_exception_in_a_step_ends_its_rows_and_the_engine_goes_on(
     harness: Harness, checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.engine.batch import Batch
-
     genuine = Batch.launch
 
     def failing(self: Batch, model: Any) -> Any:

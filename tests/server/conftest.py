@@ -102,6 +102,8 @@ class Switchboard:
 
     def __init__(self) -> None:
         self.current = ScriptedEngine()
+        self.starts = 0
+        self.crashes = 0
         self.closed = False
 
     async def start(self) -> None:
