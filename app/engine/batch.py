@@ -47,6 +47,8 @@ class Row:
     """Lengths of prefixes of the prompt that other prompts are likely to begin with."""
     done: bool = False
     announced_wait: bool = False
+    is_forgotten: bool = False
+    """Nothing of it may be kept for other requests any more."""
 
     # Set at admission.
     caches: list[Any] = field(default_factory=list)

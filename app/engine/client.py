@@ -20,6 +20,7 @@ import msgspec
 
 import app
 from app import paths
+from app.engine.prefix_files import forget_without_engine
 from app.engine.protocol import (
     PROTOCOL_VERSION,
     Accepted,
@@ -29,6 +30,7 @@ from app.engine.protocol import (
     Event,
     Failed,
     Finished,
+    ForgetChat,
     GenerationRequest,
     GetStatus,
     LoadModel,
@@ -349,6 +351,31 @@ class EngineClient:
         finally:
             del self._streams[request_id]
         return event if isinstance(event, EngineStatus) else None
+
+    async def forget_chat(self, chat: str) -> None:
+        """Drop what is kept of a chat's words, in memory and on disk; of all words if it is "".
+
+        Done by the engine if one runs, else here; none is started for this.
+
+        Raises:
+            GryphonError: "not_forgotten" with what could not be removed; "engine_version",
+                "engine_unresponsive", "engine_stopped" (closed meanwhile).
+        """
+        async with self._connecting:
+            is_running = self._writer is not None or await self._attach()
+        if is_running:
+            request_id = f"forget-{next(self._ids)}"
+            stream = self._streams[request_id] = _Stream()
+            try:
+                self._send(ForgetChat(request_id, chat))
+                event = await stream.events.get()
+            finally:
+                del self._streams[request_id]
+            if not isinstance(event, Failed):
+                return
+            if event.code != "engine_crashed":
+                raise GryphonError(event.code, event.message)
+        await asyncio.to_thread(forget_without_engine, chat)
 
     async def _run(self, command: GenerationRequest | LoadModel) -> AsyncIterator[Event]:
         if command.id in self._streams or command.id in self._unsent:

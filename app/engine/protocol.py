@@ -126,9 +126,13 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     """Alternatives reported per token with their logprobs, 0 to 20."""
     wait_for_model: bool = True
     """False: fail with `model_busy` instead of waiting to swap out a model that is in use."""
+    chat: str = ""
+    """The chat that the words belong to, an id of the client's choice: what the engine keeps of
+    them goes with `ForgetChat`. Empty: what is kept goes by age and size alone."""
 
 
 MAX_STOP_STRINGS = 16
+MAX_CHAT_ID = 200
 # OpenAI documents no limit; this is more than clients send and cheap to add at every step.
 MAX_LOGIT_BIAS = 1024
 _MAX_INT32 = 2**31 - 1
@@ -176,7 +180,21 @@ def check_request(request: GenerationRequest) -> None:
             "invalid_request",
             f"top_logprobs must be 0 to {MAX_TOP_LOGPROBS}, got {request.top_logprobs}.",
         )
+    check_chat(request.chat)
     check_sampling(request.sampling)
+
+
+def check_chat(chat: str) -> None:
+    """Refuse the id of a chat that is no id.
+
+    Raises:
+        GryphonError: "invalid_request".
+    """
+    if len(chat) > MAX_CHAT_ID:
+        raise GryphonError(
+            "invalid_request",
+            f"chat may have {MAX_CHAT_ID} characters at most, got {len(chat)}.",
+        )
 
 
 _RANGES = {
@@ -253,7 +271,18 @@ class GetStatus(msgspec.Struct, frozen=True, tag="status"):
     id: str
 
 
-Command = GenerationRequest | Cancel | LoadModel | GetStatus
+class ForgetChat(msgspec.Struct, frozen=True, tag="forget"):
+    """Drop what is kept of a chat's words, in memory and on disk; of all words if `chat` is empty.
+
+    What its running requests would leave behind is not kept either. Ends in `Finished`, or in
+    `Failed` with what could not be removed.
+    """
+
+    id: str
+    chat: str
+
+
+Command = GenerationRequest | Cancel | LoadModel | GetStatus | ForgetChat
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
