@@ -225,6 +225,8 @@ class Spill:
         Raises:
             ModelError, ValueError, OSError: it is no file of this model's states.
         """
+        if path.is_symlink():
+            raise ValueError("it is a link")
         metadata = saved_metadata(path)
         if metadata.keys() != {"key", "tokens", "lacks", "trimmable"}:
             raise ValueError("its metadata is not ours")
