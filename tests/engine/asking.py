@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
+import stat
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from app.engine.batch import Row
@@ -22,6 +24,7 @@ from app.engine.protocol import (
     Token,
 )
 from app.engine.scheduler import Scheduler
+from mlxmodels.saved_state import load_states
 
 from ..tiny_models import FALCON_H1, GEMMA2, LLAMA, OPEN_LLAMA, QWEN3_NEXT, RECURRENT_GEMMA
 
@@ -152,3 +155,26 @@ def rendered(turns: Sequence[tuple[str, list[int]]]) -> tuple[list[int], list[in
     head = [id for turn_ in earlier for id in turn(*turn_)] + [START, *role.encode()]
     opening = [START, *b"assistant", NEWLINE]
     return [*head, NEWLINE, *last, END, NEWLINE, *opening], [len(head)]
+
+
+def check_files(root: Path, *, killed: bool = False) -> int:
+    """Nothing but whole files of states, for their owner only; how many.
+
+    Args:
+        killed: Whether one may be left unfinished, under a name that nothing reads.
+    """
+    count = 0
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+    for directory in root.iterdir():
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        for path in directory.iterdir():
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            if path.name.startswith("."):
+                assert killed
+            elif path.suffix == ".safetensors":
+                load_states(path)
+                count += 1
+            else:
+                assert path.suffix == ".chats" and PrefixFiles(root).chats(path)
+                assert killed or path.with_suffix(".safetensors").exists()
+    return count

@@ -31,7 +31,7 @@ from mlxmodels.saved_state import load_states, save_states
 
 from ..rounds import rounds
 from ..tiny_models import OPEN_LLAMA, RECURRENT_GEMMA, write_model
-from .asking import FAMILIES, MIB, TRIMMABLE, engine, rendered, tokens_of
+from .asking import FAMILIES, MIB, TRIMMABLE, check_files, engine, rendered, tokens_of
 
 
 @pytest.fixture
@@ -107,22 +107,8 @@ def test_any_walk_with_restarts_gives_what_a_replay_gives(
                     assert cached.prefix_bytes <= memory
                 cached.save()
                 assert files.nbytes <= files._budget_bytes  # type: ignore[operator]
-            check_directory(files)
+            check_files(files.root)
     assert reused > 0 and after_restart > 0
-
-
-def check_directory(files: PrefixFiles) -> None:
-    """Nothing but whole files, for their owner only."""
-    assert stat.S_IMODE(files.root.stat().st_mode) == 0o700
-    for directory in files.root.iterdir():
-        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-        for path in directory.iterdir():
-            assert stat.S_IMODE(path.stat().st_mode) == 0o600
-            assert path.suffix in (".safetensors", ".chats")
-            if path.suffix == ".safetensors":
-                load_states(path)
-            else:
-                assert path.with_suffix(".safetensors").exists() and files.chats(path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,7 +133,7 @@ def test_a_restart_goes_on_from_what_was_read(
         asked = third.ask(edited, boundaries)
         assert asked.cached >= boundaries[0]
         assert asked.tokens == plain.ask(edited, boundaries).tokens
-    check_directory(files)
+    check_files(files.root)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -636,7 +622,7 @@ def test_in_memory_a_chat_goes_and_what_another_goes_on_from_stays(
 def test_nothing_of_a_forgotten_chat_is_left_in_arrays_that_others_look_at(
     checkpoints: dict[str, ModelRef],
 ) -> None:
-    """Keys and values of a branch are held once, by its longest entry; another chat's is shorter."""
+    """Keys and values of a branch are held once, by its longest entry, which is one chat's."""
     with engine(checkpoints["zoo falcon_h1"]) as cached:
         cached.ask(tokens_of(300), chat="b", max_tokens=1)
         before = cached.prefix_bytes
