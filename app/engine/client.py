@@ -337,19 +337,7 @@ class EngineClient:
         Raises:
             GryphonError: "engine_version", or "engine_unresponsive".
         """
-        async with self._connecting:
-            if self._writer is None and not await self._attach():
-                return None
-        request_id = f"status-{next(self._ids)}"
-        events = asyncio.Queue[Event]()
-        self._streams[request_id] = _Stream(events=events)
-        try:
-            self._send(GetStatus(request_id))
-            event = await asyncio.wait_for(events.get(), timeout=_ANSWER_TIMEOUT_S)
-        except TimeoutError:
-            raise _unresponsive() from None
-        finally:
-            del self._streams[request_id]
+        event = await self._ask(GetStatus(f"status-{next(self._ids)}"), _ANSWER_TIMEOUT_S)
         return event if isinstance(event, EngineStatus) else None
 
     async def forget_chat(self, chat: str) -> None:
@@ -361,21 +349,25 @@ class EngineClient:
             GryphonError: "not_forgotten" with what could not be removed; "engine_version",
                 "engine_unresponsive", "engine_stopped" (closed meanwhile).
         """
+        event = await self._ask(ForgetChat(f"forget-{next(self._ids)}", chat), None)
+        if isinstance(event, Failed) and event.code != "engine_crashed":
+            raise GryphonError(event.code, event.message)
+        if not isinstance(event, Finished):
+            await asyncio.to_thread(forget_without_engine, chat)
+
+    async def _ask(self, command: GetStatus | ForgetChat, timeout_s: float | None) -> Event | None:
+        """The one answer to a command, or None when no engine runs (none is started for this)."""
         async with self._connecting:
-            is_running = self._writer is not None or await self._attach()
-        if is_running:
-            request_id = f"forget-{next(self._ids)}"
-            stream = self._streams[request_id] = _Stream()
-            try:
-                self._send(ForgetChat(request_id, chat))
-                event = await stream.events.get()
-            finally:
-                del self._streams[request_id]
-            if not isinstance(event, Failed):
-                return
-            if event.code != "engine_crashed":
-                raise GryphonError(event.code, event.message)
-        await asyncio.to_thread(forget_without_engine, chat)
+            if self._writer is None and not await self._attach():
+                return None
+        stream = self._streams[command.id] = _Stream()
+        try:
+            self._send(command)
+            return await asyncio.wait_for(stream.events.get(), timeout_s)
+        except TimeoutError:
+            raise _unresponsive() from None
+        finally:
+            del self._streams[command.id]
 
     async def _run(self, command: GenerationRequest | LoadModel) -> AsyncIterator[Event]:
         if command.id in self._streams or command.id in self._unsent:

@@ -7,15 +7,8 @@ the layers that a longer file of its branch holds, and gets them from whichever 
 
 from __future__ import annotations
 
-import array
-import base64
-import binascii
-import hashlib
-import json
 import logging
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +16,7 @@ import mlx.core as mx
 
 from app.engine.fingerprint import fingerprint
 from app.engine.prefix_cache import Entry
-from app.engine.prefix_files import MAX_FILES, STATES, PrefixFiles
+from app.engine.prefix_files import MAX_FILES, PrefixFiles
 from app.engine.resident import ResidentModel
 from app.engine.state_leaves import (
     arrays_in,
@@ -34,9 +27,10 @@ from app.engine.state_leaves import (
     tokens_read,
     trimmed,
 )
+from app.engine.states_file import StatesFile, file_name, read_description
 from app.engine.token_tree import Node, TokenTree
 from mlxmodels.errors import ModelError
-from mlxmodels.saved_state import load_states, save_states, saved_metadata
+from mlxmodels.saved_state import load_states, save_states
 
 logger = logging.getLogger(__name__)
 
@@ -44,22 +38,6 @@ logger = logging.getLogger(__name__)
 # that takes longer than a chunk of prefill.
 _BYTES_PER_TOKEN = 1024**2
 _URGENT_BYTES = 64 * 1024**2
-
-
-@dataclass(eq=False)
-class _File:
-    """What the header of a file of states says.
-
-    Attributes:
-        lacks: Leaves that it leaves out.
-        trimmable: Leaves that serve every shorter prefix as well; those it lacks are among them.
-    """
-
-    path: Path
-    nbytes: int
-    lacks: frozenset[int]
-    trimmable: frozenset[int]
-    chats: dict[str, int] = field(default_factory=dict)
 
 
 class Spill:
@@ -74,12 +52,14 @@ class Spill:
         self._key = key
         self._like = like
         self._layouts = [layout_of(leaf) for leaf in leaves_of(like)]
-        self._tree = TokenTree[_File]()
-        self._nodes: dict[Path, Node[_File]] = {}
+        self._tree = TokenTree[StatesFile]()
+        self._nodes: dict[Path, Node[StatesFile]] = {}
         self._can_write = True
         for stored in files.stored(key)[-MAX_FILES:]:
             try:
-                self._add(*self._described(stored.path, stored.nbytes))
+                tokens, file = read_description(stored.path, key, len(self._layouts))
+                file.chats = files.chats(stored.path)
+                self._add(tokens, file)
             except (ModelError, OSError, ValueError) as error:
                 self._refuse(stored.path, error)
         for path, node in list(self._nodes.items()):
@@ -114,7 +94,7 @@ class Spill:
             and how many of the tokens are the prompt's.
         """
 
-        def serves(node: Node[_File], length: int) -> bool:
+        def serves(node: Node[StatesFile], length: int) -> bool:
             file = _file(node)
             if length <= beyond or not (node.depth == length or self._all_trimmable(file)):
                 return False
@@ -169,7 +149,7 @@ class Spill:
         trimmable = frozenset(i for i, leaf in enumerate(leaves) if is_trimmable(leaf))
         longer = self._longer(tokens)
         lacks = trimmable & {i for file in longer for i in file.trimmable - file.lacks}
-        path = self._files.directory(self._key) / f"{_name(tokens)}{STATES}"
+        path = self._files.directory(self._key) / file_name(tokens)
         known = self._nodes.get(path)
         if known is not None and lacks == _file(known).lacks and path.exists():
             self._share(_file(known), chats)
@@ -192,9 +172,10 @@ class Spill:
         if len(trimmable) == len(leaves):
             above = [other for other in self._above(tokens) if self._all_trimmable(_file(other))]
             redundant += [_file(other) for other in above]
-        file = _File(path, 0, lacks, trimmable, _joined(chats, *(one.chats for one in redundant)))
+        joined = _joined(chats, *(one.chats for one in redundant))
+        file = StatesFile(path, 0, lacks, trimmable, joined)
         self._files.set_chats(path, file.chats)  # first: states of nobody could not be purged
-        save_states(path, kept, self._metadata(tokens, file))
+        save_states(path, kept, file.metadata(self._key, tokens))
         file.nbytes = path.stat().st_size
         self._drop(path, also_file=False)
         self._add(tokens, file)
@@ -202,57 +183,16 @@ class Spill:
             if one.path != path:
                 self._drop(one.path)
 
-    def _share(self, file: _File, chats: dict[str, int]) -> None:
+    def _share(self, file: StatesFile, chats: dict[str, int]) -> None:
         """More chats go on from states that are on disk."""
         joined = _joined(file.chats, chats)
         if joined != file.chats:
             self._files.set_chats(file.path, joined)
             file.chats = joined
 
-    def _metadata(self, tokens: Sequence[int], file: _File) -> dict[str, str]:
-        return {
-            "key": self._key,
-            "tokens": base64.b64encode(_as_bytes(tokens)).decode(),
-            "lacks": json.dumps(sorted(file.lacks)),
-            "trimmable": json.dumps(sorted(file.trimmable)),
-        }
-
     # Reading.
 
-    def _described(self, path: Path, nbytes: int) -> tuple[list[int], _File]:
-        """Tokens and description of a file, from its header.
-
-        Raises:
-            ModelError, ValueError, OSError: it is no file of this model's states.
-        """
-        if path.is_symlink():
-            raise ValueError("it is a link")
-        metadata = saved_metadata(path)
-        if metadata.keys() != {"key", "tokens", "lacks", "trimmable"}:
-            raise ValueError("its metadata is not ours")
-        if metadata["key"] != self._key:
-            raise ValueError("it belongs to another model")
-        tokens = _from_text(metadata["tokens"])
-        if not tokens or path.name != f"{_name(tokens)}{STATES}":
-            raise ValueError("its name is not that of its tokens")
-        lacks, trimmable = (self._leaf_set(metadata[name]) for name in ("lacks", "trimmable"))
-        if not lacks <= trimmable:
-            raise ValueError("it lacks what cannot be trimmed")
-        return tokens, _File(path, nbytes, lacks, trimmable, self._files.chats(path))
-
-    def _leaf_set(self, text: str) -> frozenset[int]:
-        try:
-            numbers = json.loads(text)
-        except RecursionError as error:
-            raise ValueError("lists in lists") from error
-        known = range(len(self._layouts))
-        if not isinstance(numbers, list) or any(
-            type(number) is not int or number not in known for number in numbers
-        ):
-            raise ValueError(f"expected numbers of layer states, got {numbers!r:.80}")
-        return frozenset(numbers)
-
-    def _load(self, node: Node[_File]) -> list[Any] | None:
+    def _load(self, node: Node[StatesFile]) -> list[Any] | None:
         """States after the tokens of a node; None, and its file or that of a source is gone."""
         sources = self._sources(node)
         assert sources is not None
@@ -275,14 +215,14 @@ class Spill:
             self._files.touch(file.path)
         return states_of([leaves[i] for i in range(len(self._layouts))], self._like)
 
-    def _read(self, node: Node[_File]) -> dict[int, Any]:
+    def _read(self, node: Node[StatesFile]) -> dict[int, Any]:
         """The leaves that a file holds.
 
         Raises:
             ModelError, ValueError, OSError: they are damaged, or not what the model's look like.
         """
         file = _file(node)
-        tokens, now = self._described(file.path, file.nbytes)
+        tokens, now = read_description(file.path, self._key, len(self._layouts))
         if (now.lacks, now.trimmable) != (file.lacks, file.trimmable) or tokens != node.sequence:
             raise ValueError("it has changed")
         states, _ = load_states(file.path)
@@ -296,7 +236,7 @@ class Spill:
 
     # The index.
 
-    def _add(self, tokens: Sequence[int], file: _File) -> None:
+    def _add(self, tokens: Sequence[int], file: StatesFile) -> None:
         node = self._tree.node(tokens)
         node.entry = file
         self._nodes[file.path] = node
@@ -315,9 +255,9 @@ class Spill:
         logger.warning("removing %s, which cannot be used: %s", path, error)
         self._drop(path)
 
-    def _sources(self, node: Node[_File]) -> dict[int, Node[_File]] | None:
+    def _sources(self, node: Node[StatesFile]) -> dict[int, Node[StatesFile]] | None:
         """For each leaf that a file lacks, the one that has it; None if none has."""
-        sources: dict[int, Node[_File]] = {}
+        sources: dict[int, Node[StatesFile]] = {}
         missing = set(_file(node).lacks)
         if missing:
             for longer in node.subtree():
@@ -327,24 +267,24 @@ class Spill:
                 missing -= sources.keys()
         return None if missing else sources
 
-    def _longer(self, tokens: Sequence[int]) -> list[_File]:
+    def _longer(self, tokens: Sequence[int]) -> list[StatesFile]:
         """The files whose tokens begin with these and go on."""
         node, shared = self._tree.descend(tokens)
         if shared < len(tokens):
             return []
         return [_file(longer) for longer in node.subtree() if longer.depth > len(tokens)]
 
-    def _above(self, tokens: Sequence[int]) -> list[Node[_File]]:
+    def _above(self, tokens: Sequence[int]) -> list[Node[StatesFile]]:
         """The files with whose tokens these begin, and go on."""
         node, shared = self._tree.descend(tokens)
         nodes = [node] if node.entry is not None else []
         return [one for one in [*nodes, *node.ancestors()] if one.depth <= shared < len(tokens)]
 
-    def _all_trimmable(self, file: _File) -> bool:
+    def _all_trimmable(self, file: StatesFile) -> bool:
         return len(file.trimmable) == len(self._layouts)
 
 
-def _file(node: Node[_File]) -> _File:
+def _file(node: Node[StatesFile]) -> StatesFile:
     assert node.entry is not None
     return node.entry
 
@@ -356,30 +296,3 @@ def _joined(*several: dict[str, int]) -> dict[str, int]:
         for chat, length in chats.items():
             joined[chat] = max(length, joined.get(chat, 0))
     return joined
-
-
-def _as_bytes(tokens: Sequence[int]) -> bytes:
-    """Little-endian int32."""
-    values = array.array("i", tokens)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tobytes()
-
-
-def _from_text(text: str) -> list[int]:
-    """The tokens of `_as_bytes` in base 64.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    try:
-        values = array.array("i", base64.b64decode(text, validate=True))
-    except binascii.Error as error:
-        raise ValueError("its tokens are not base 64") from error
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tolist()
-
-
-def _name(tokens: Sequence[int]) -> str:
-    return hashlib.sha256(_as_bytes(tokens)).hexdigest()[:32]
