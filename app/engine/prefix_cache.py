@@ -121,6 +121,7 @@ class PrefixCache:
         assert node.entry is not None
         node.entry.floor = self._floor
         node.entry.goes_on(chat, length)
+        node.entry.is_saved = False  # the disk is to know that it was used
         return length, trimmed(node.entry.states, node.depth - length)
 
     def insert(self, tokens: Sequence[int], states: Sequence[Any], chat: str = "") -> None:

@@ -29,7 +29,6 @@ from app.engine.state_leaves import (
 )
 from app.engine.states_file import StatesFile, file_name, read_description
 from app.engine.token_tree import Node, TokenTree
-from mlxmodels.errors import ModelError
 from mlxmodels.saved_state import load_states, save_states
 
 logger = logging.getLogger(__name__)
@@ -44,14 +43,17 @@ class Spill:
     """The files of one model.
 
     Args:
-        like: States as the model makes them, after any token; their arrays need no values.
+        like: States as the model makes them.
+        layouts: Of their leaves after any token.
     """
 
-    def __init__(self, files: PrefixFiles, key: str, like: Sequence[Any]) -> None:
+    def __init__(
+        self, files: PrefixFiles, key: str, like: Sequence[Any], layouts: Sequence[Any]
+    ) -> None:
         self._files = files
         self._key = key
         self._like = like
-        self._layouts = [layout_of(leaf) for leaf in leaves_of(like)]
+        self._layouts = layouts
         self._tree = TokenTree[StatesFile]()
         self._nodes: dict[Path, Node[StatesFile]] = {}
         self._can_write = True
@@ -60,7 +62,7 @@ class Spill:
                 tokens, file = read_description(stored.path, key, len(self._layouts))
                 file.chats = files.chats(stored.path)
                 self._add(tokens, file)
-            except (ModelError, OSError, ValueError) as error:
+            except Exception as error:  # whatever a file can make them raise
                 self._refuse(stored.path, error)
         for path, node in list(self._nodes.items()):
             if self._sources(node) is None:  # what it lacks is gone
@@ -76,10 +78,11 @@ class Spill:
             key = fingerprint(resident)
             if key is None:
                 return None
-            like = resident.loaded.make_cache()
+            states = resident.loaded.make_cache()
             # Never evaluated: what the states look like is known without.
-            resident.loaded.model(mx.array([[0]], mx.int32), cache=like)
-            return cls(files, key, like)
+            resident.loaded.model(mx.array([[0]], mx.int32), cache=states)
+            layouts = [layout_of(leaf) for leaf in leaves_of(states)]
+            return cls(files, key, resident.loaded.make_cache(), layouts)
         except Exception:
             logger.exception("what was read before cannot be kept on disk")
             return None
@@ -153,10 +156,12 @@ class Spill:
         known = self._nodes.get(path)
         if known is not None and lacks == _file(known).lacks and path.exists():
             self._share(_file(known), chats)
+            self._files.touch(path)
             return
         for file in longer:
             if len(lacks) == len(leaves) and self._all_trimmable(file):
                 self._share(file, chats)
+                self._files.touch(file.path)
                 return
         kept = [leaf for i, leaf in enumerate(leaves) if i not in lacks]
         nbytes = sum(one.nbytes for one in arrays_in([leaf.state for leaf in kept]))
@@ -205,11 +210,8 @@ class Spill:
             try:
                 held = self._read(source)
                 for i in wanted:
-                    surplus = source.depth - node.depth
-                    if surplus and not is_trimmable(held[i]):
-                        raise ValueError(f"its layer state {i} cannot be trimmed")
-                    (leaves[i],) = trimmed([held[i]], surplus)
-            except (ModelError, OSError, ValueError) as error:
+                    (leaves[i],) = trimmed([held[i]], source.depth - node.depth)
+            except Exception as error:  # whatever a file can make them raise
                 self._refuse(file.path, error)
                 return None
             self._files.touch(file.path)
@@ -227,11 +229,11 @@ class Spill:
             raise ValueError("it has changed")
         states, _ = load_states(file.path)
         held = [i for i in range(len(self._layouts)) if i not in file.lacks]
-        if len(states) != len(held):
-            raise ValueError(f"expected {len(held)} layer states, got {len(states)}")
         for i, state in zip(held, states, strict=True):
             if layout_of(state) != self._layouts[i] or tokens_read(state) not in (None, node.depth):
                 raise ValueError(f"its layer state {i} is not of this model after those tokens")
+            if i in file.trimmable and not is_trimmable(state):
+                raise ValueError(f"its layer state {i} cannot be trimmed")
         return dict(zip(held, states, strict=True))
 
     # The index.

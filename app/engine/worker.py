@@ -243,9 +243,12 @@ def _outlive_nobody(alive_fd: int, engine: Engine) -> None:
     """Wait until the parent's end of the pipe closes and every client is gone; then end."""
     with contextlib.suppress(OSError):
         os.read(alive_fd, 1)
-    while engine.connections:
-        time.sleep(0.05)
-    engine.scheduler.save_prefixes(_SAVE_S)
+    while True:
+        while engine.connections:
+            time.sleep(0.05)
+        engine.scheduler.save_prefixes(_SAVE_S)
+        if not engine.connections:  # nobody came meanwhile
+            break
     # At once: a computation in progress is of no use to anybody, nor is a prompt in preparation,
     # whose process hears nothing until its time limit. The client made us leader of a group.
     if os.getpgrp() == os.getpid():
