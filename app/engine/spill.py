@@ -168,15 +168,15 @@ class Spill:
         removed = self._files.make_room(nbytes + 16 * len(tokens) + 4096)
         if removed is None:
             return
-        if gone := [path for path in removed if path in self._nodes]:
-            for path in gone:
-                self._drop(path, also_file=False)
+        if gone := [other for other in removed if other in self._nodes]:
+            for other in gone:
+                self._drop(other, also_file=False)
             self._save(node)  # what it lacks may have been there
             return
         redundant = [] if known is None else [_file(known)]
         if len(trimmable) == len(leaves):
-            above = [other for other in self._above(tokens) if self._all_trimmable(_file(other))]
-            redundant += [_file(other) for other in above]
+            above = [_file(shorter) for shorter in self._above(tokens)]
+            redundant += [shorter for shorter in above if self._all_trimmable(shorter)]
         joined = _joined(chats, *(one.chats for one in redundant))
         file = StatesFile(path, 0, lacks, trimmable, joined)
         self._files.set_chats(path, file.chats)  # first: states of nobody could not be purged

@@ -453,6 +453,25 @@ def test_what_was_used_longest_ago_goes_first(
         assert [ask(first) for first in (0, 2, 3, 1)] == [39, 39, 39, 0]
 
 
+def test_a_file_does_not_leave_out_what_goes_to_make_room_for_it(
+    checkpoints: dict[str, ModelRef], files: PrefixFiles
+) -> None:
+    model = checkpoints["zoo falcon_h1"]
+    with engine(model, files=files) as cached:
+        cached.ask(tokens_of(200), max_tokens=1)
+        cached.save()
+        whole = max(stored.nbytes for stored in files.stored())
+        assert len(files.stored()) == 2
+        cached.forget("")
+    files = PrefixFiles(files.root, whole + 5000)
+    with engine(model, files=files) as cached:
+        cached.ask(tokens_of(200), max_tokens=1)
+        cached.save()  # the states after the answer's token, and then those before them
+        assert len(files.stored()) == 1
+    with engine(model, files=files) as cached:
+        assert cached.ask(tokens_of(200)).cached == 199
+
+
 def test_what_memory_serves_is_used_on_disk_too(
     checkpoints: dict[str, ModelRef], files: PrefixFiles
 ) -> None:
