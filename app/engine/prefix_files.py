@@ -260,7 +260,7 @@ def forget_without_engine(chat: str) -> None:
         raise not_forgotten(error) from error
 
 
-def not_forgotten(error: OSError) -> GryphonError:
+def not_forgotten(error: Exception) -> GryphonError:
     """What to tell a person whose words could not be removed."""
     return GryphonError(
         "not_forgotten",

@@ -278,7 +278,8 @@ class Scheduler:
                 self._prefixes.forget(chat)
             if self._prefix_files is not None:
                 self._prefix_files.forget(chat)
-        except OSError as error:
+        except Exception as error:
+            logger.exception("forgetting failed")
             return not_forgotten(error)
         return None
 

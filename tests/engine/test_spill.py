@@ -22,6 +22,7 @@ from app.engine import prefix_files
 from app.engine import resident as residing
 from app.engine import scheduler as scheduling
 from app.engine import spill as spilling
+from app.engine.prefix_cache import PrefixCache
 from app.engine.prefix_files import PrefixFiles
 from app.engine.protocol import ModelRef, Sampling
 from app.engine.states_file import file_name
@@ -674,6 +675,28 @@ def test_nothing_of_a_forgotten_chat_is_left_in_arrays_that_others_look_at(
         cached.forget("a")
         assert cached.prefix_bytes == before
         assert cached.ask(tokens_of(300)).cached == 299
+
+
+def test_what_lacked_layers_of_a_forgotten_chat_is_saved_again(
+    checkpoints: dict[str, ModelRef], files: PrefixFiles
+) -> None:
+    """The shorter entry, another chat's, is in memory; the longer one, the chat's, is not."""
+    resident = residing.load_resident(checkpoints["zoo falcon_h1"], lambda *_: None)
+    cache = PrefixCache(64 * MIB, spilling.Spill.open(files, resident))
+    tokens = tokens_of(60)
+    states = resident.loaded.make_cache()
+    resident.loaded.model(mx.array([tokens[:40]]), cache=states)
+    cache.insert(tokens[:40], states, "b")
+    resident.loaded.model(mx.array([tokens[40:]]), cache=states)
+    cache.insert(tokens, states, "a")
+    cache.save(60)
+    longer = cache._tree.find(tokens)
+    assert longer is not None
+    cache._remove(longer)
+    cache.forget("a")
+    cache.save(60)
+    found = PrefixCache(64 * MIB, spilling.Spill.open(files, resident)).find(tokens)
+    assert found is not None and found[0] == 40
 
 
 def test_what_is_running_for_a_forgotten_chat_leaves_nothing(
