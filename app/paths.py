@@ -86,6 +86,25 @@ def cache_dir() -> Path:
     return _directory("cache")
 
 
+def prefix_dir() -> Path:
+    """What models have read, kept over a restart: `app.engine.prefix_files`.
+
+    Raises:
+        GryphonError: it exists and is a link, or belongs to somebody else.
+    """
+    path = _private(cache_dir() / "prefixes")
+    info = path.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
+        raise GryphonError(
+            "unsafe_prefix_directory",
+            f"{path} exists but is not a directory of yours, so Gryphon will not keep there what "
+            "models have read. Remove it, or set GRYPHON_PREFIX_DISK_BYTES=0 to keep nothing.",
+        )
+    if info.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
+
+
 def state_dir() -> Path:
     """Instance lock, engine socket, logs."""
     return _directory("state")

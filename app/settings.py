@@ -36,6 +36,10 @@ class Settings:
     """GRYPHON_PREFIX_CACHE_BYTES: memory for the states of earlier prompts and answers; 0 keeps
     none, None is a tenth of what is available once a model is loaded, at most 2 GiB."""
 
+    prefix_disk_bytes: int | None = None
+    """GRYPHON_PREFIX_DISK_BYTES: disk for the same, so that a restart finds it again; 0 keeps none
+    there, None is a tenth of the free disk, at most 4 GiB."""
+
     engine_log_level: str = "warning"
     """GRYPHON_LOG: debug, info, warning or error; never includes prompt text."""
 
@@ -55,6 +59,7 @@ class Settings:
             kernels=_kernels(),
             prompt_time_limit_s=_seconds("GRYPHON_PROMPT_TIME_LIMIT", cls.prompt_time_limit_s),
             prefix_cache_bytes=_bytes("GRYPHON_PREFIX_CACHE_BYTES"),
+            prefix_disk_bytes=_bytes("GRYPHON_PREFIX_DISK_BYTES"),
             engine_log_level=env.get("GRYPHON_LOG", "warning"),
         )
 

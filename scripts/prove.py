@@ -30,6 +30,7 @@ TARGET = ROOT / "docs" / "proofs.md"
 PROOFS = {
     "batch": ("a row in a batch is that row alone", "tests/engine/test_batch_equals_single.py"),
     "prefix": ("what was read before, continued, is a replay", "tests/engine/test_prefix_cache.py"),
+    "spill": ("the same, read back from disk after restarts", "tests/engine/test_spill.py"),
     "constraints": (
         "an answer held to a JSON schema that ends by itself is valid",
         "tests/engine/test_constrained_json.py",

@@ -20,10 +20,12 @@ blas.preload()
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty GRYPHON_HOME whose cache directory is the shared one."""
+    """An empty GRYPHON_HOME but for the prepared library."""
     path = tmp_path / "gryphon home"  # a space, because people have them
     path.mkdir(mode=0o700)
-    (path / "cache").symlink_to(_SHARED / "cache")
+    (path / "cache").mkdir(mode=0o700)
+    (_SHARED / "cache" / "blas").mkdir(parents=True, exist_ok=True)
+    (path / "cache" / "blas").symlink_to(_SHARED / "cache" / "blas")
     monkeypatch.setenv("GRYPHON_HOME", str(path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     return path

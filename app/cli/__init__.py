@@ -187,6 +187,13 @@ def build_parser() -> argparse.ArgumentParser:
     ps = commands.add_parser("ps", help="what the engine is doing")
     ps.add_argument("--json", action="store_true")
 
+    commands.add_parser(
+        "forget",
+        help="drop what the engine keeps of earlier prompts and answers",
+        description="Drop what the engine keeps of earlier prompts and answers to continue from, "
+        "in memory and on disk. Chats stay in the history; their next turn takes longer once.",
+    )
+
     doctor = commands.add_parser("doctor", help="versions, device, paths, and what would be used")
     doctor.add_argument(
         "--kernels", action="store_true", help="check and time every Metal kernel on this machine"
@@ -205,6 +212,7 @@ _COMMANDS = {
     "show": "app.cli.models:show",
     "adapters": "app.cli.adapters:adapters",
     "ps": "app.cli.report:ps",
+    "forget": "app.cli.forget:forget",
     "doctor": "app.cli.report:doctor",
 }
 

@@ -10,11 +10,12 @@ import mlx.core as mx
 from app.engine.answer import AnswerStream
 from app.engine.answer_parts import PLAIN
 from app.engine.batch import Row
-from app.engine.prefix_cache import PrefixCache, always_trimmable
+from app.engine.prefix_cache import PrefixCache
 from app.engine.protocol import Accepted
 from app.engine.resident import ResidentModel
 from app.engine.sampling import NEVER, RowGenerator, RowSampling
 from app.engine.speculation import check_speculation
+from app.engine.state_leaves import always_trimmable
 from app.errors import GryphonError
 
 # A model without a context limit could answer for ever: an answer then ends here by default.
@@ -25,7 +26,9 @@ PREFILL_CHUNK = {mx.DeviceType.gpu: 512, mx.DeviceType.cpu: 128}
 _CHUNKS_PER_MARK = 4
 
 
-def admit(row: Row, resident: ResidentModel, prefixes: PrefixCache | None) -> None:
+def admit(
+    row: Row, resident: ResidentModel, prefixes: PrefixCache | None, *, others_wait: bool
+) -> None:
     """Make a row ready for its prefill and tell who asked, or fail it with what is wrong."""
     try:
         _check_prompt(row, resident)
@@ -50,7 +53,9 @@ def admit(row: Row, resident: ResidentModel, prefixes: PrefixCache | None) -> No
         min_tokens=NEVER if request.ignore_eos else request.min_tokens,
     )
     row.generator = RowGenerator(request.sampling.seed)
-    found = prefixes.find(row.prompt) if prefixes is not None else None
+    found = None
+    if prefixes is not None:
+        found = prefixes.find(row.prompt, request.chat, is_urgent=others_wait)
     row.cached, row.caches = found or (0, loaded.make_cache())
     row.processed = row.cached
     row.marks = _marks(row) if prefixes is not None else deque()

@@ -62,6 +62,8 @@ class Row:
     """Over which it came."""
     done: bool = False
     announced_wait: bool = False
+    is_forgotten: bool = False
+    """Nothing of it may be kept for other requests any more."""
 
     # Set at admission.
     caches: list[Any] = field(default_factory=list)

@@ -20,6 +20,7 @@ import msgspec
 
 import app
 from app import paths
+from app.engine.prefix_files import forget_without_engine
 from app.engine.protocol import (
     PROTOCOL_VERSION,
     Accepted,
@@ -29,6 +30,7 @@ from app.engine.protocol import (
     Event,
     Failed,
     Finished,
+    ForgetChat,
     GenerationRequest,
     GetStatus,
     LoadModel,
@@ -342,20 +344,37 @@ class EngineClient:
         Raises:
             GryphonError: "engine_version", or "engine_unresponsive".
         """
+        event = await self._ask(GetStatus(f"status-{next(self._ids)}"), _ANSWER_TIMEOUT_S)
+        return event if isinstance(event, EngineStatus) else None
+
+    async def forget_chat(self, chat: str) -> None:
+        """Drop what is kept of a chat's words, in memory and on disk; of all words if it is "".
+
+        Done by the engine if one runs, else here; none is started for this.
+
+        Raises:
+            GryphonError: "not_forgotten" with what could not be removed; "engine_version",
+                "engine_unresponsive", "engine_stopped" (closed meanwhile).
+        """
+        event = await self._ask(ForgetChat(f"forget-{next(self._ids)}", chat), None)
+        if isinstance(event, Failed) and event.code != "engine_crashed":
+            raise GryphonError(event.code, event.message)
+        if not isinstance(event, Finished):
+            await asyncio.to_thread(forget_without_engine, chat)
+
+    async def _ask(self, command: GetStatus | ForgetChat, timeout_s: float | None) -> Event | None:
+        """The one answer to a command, or None when no engine runs (none is started for this)."""
         async with self._connecting:
             if self._writer is None and not await self._attach():
                 return None
-        request_id = f"status-{next(self._ids)}"
-        events = asyncio.Queue[Event]()
-        self._streams[request_id] = _Stream(events=events)
+        stream = self._streams[command.id] = _Stream()
         try:
-            self._send(GetStatus(request_id))
-            event = await asyncio.wait_for(events.get(), timeout=_ANSWER_TIMEOUT_S)
+            self._send(command)
+            return await asyncio.wait_for(stream.events.get(), timeout_s)
         except TimeoutError:
             raise _unresponsive() from None
         finally:
-            del self._streams[request_id]
-        return event if isinstance(event, EngineStatus) else None
+            del self._streams[command.id]
 
     async def _run(self, command: GenerationRequest | LoadModel) -> AsyncIterator[Event]:
         if command.id in self._streams or command.id in self._unsent:

@@ -14,94 +14,52 @@ once, in the longest entry of a branch, and shorter entries look at the beginnin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from app.engine.preparation import shared_length
-from mlxmodels import state_kinds
+from app.engine.state_leaves import arrays_in, copied, is_trimmable, leaves_of, states_of, trimmed
+from app.engine.token_tree import Node, TokenTree
+
+if TYPE_CHECKING:
+    from app.engine.spill import Spill
 
 # A bound on the work of choosing what goes, for models whose states are tiny.
 MAX_ENTRIES = 512
-# Growing states that can be trimmed at any length: no entry inside a prompt is worth making.
-_ALWAYS_TRIMMABLE = {"FullCache", "KVCache", "QuantizedKVCache"}
-# Those that can be trimmed as long as they say so. mlx-lm's ConcatenateKVCache says so and keeps
-# what it takes back; its ChunkedKVCache says so when it has dropped its beginning.
-_TRIMMABLE = _ALWAYS_TRIMMABLE | {"WindowCache", "RotatingKVCache"}
-
-
-def can_keep(states: Sequence[Any]) -> bool:
-    """Whether the states of a model's layers, as it makes them, are of kinds that can be kept."""
-    try:
-        for state in states:
-            _copied(state)
-    except ValueError:
-        return False
-    return True
-
-
-def always_trimmable(states: Sequence[Any]) -> bool:
-    """Whether an entry of these states serves every shorter prefix, however long it is."""
-    return all(type(state).__name__ in _ALWAYS_TRIMMABLE for state in states)
-
-
-def copied(state: Any) -> Any:
-    """A state of one layer with the same content, which does not change with it.
-
-    Raises:
-        ValueError: it is of a kind that cannot be kept; see `can_keep`.
-    """
-    return _copied(state)
-
-
-def is_trimmable(state: Any) -> bool:
-    """Whether the last tokens of a layer's state, as it is now, can be taken back."""
-    return _is_trimmable(state)
+# More chats than this that go on from one entry are not told apart: it stays while one of these is.
+_MAX_CHATS = 64
 
 
 @dataclass(eq=False)
-class _Entry:
-    """States after the tokens on the way to a node; `floor` is the cache's at their last use."""
+class Entry:
+    """States after the tokens on the way to a node.
+
+    Attributes:
+        floor: The cache's at their last use.
+        chats: Which chats go on from them, and after how many of the tokens.
+        is_saved: Whether the disk has them as they are, or has refused them.
+    """
 
     states: list[Any]
     floor: float = 0.0
+    chats: dict[str, int] = field(default_factory=dict)
+    is_saved: bool = False
 
     def __post_init__(self) -> None:
-        self.is_trimmable = all(_is_trimmable(state) for state in self.states)
+        self.is_trimmable = all(is_trimmable(leaf) for leaf in leaves_of(self.states))
 
     def arrays(self) -> list[mx.array]:
-        return list(_arrays_in([state.state for state in self.states]))
+        return list(arrays_in([state.state for state in self.states]))
 
-
-@dataclass(eq=False)
-class _Node:
-    """The tokens of the edge from its parent to it, and how many lead here from the root."""
-
-    tokens: list[int] = field(default_factory=list)
-    depth: int = 0
-    parent: _Node | None = None
-    children: dict[int, _Node] = field(default_factory=dict)
-    """By the first token of their edge."""
-    entry: _Entry | None = None
-
-    def subtree(self) -> Iterator[_Node]:
-        """This node and all below that hold an entry."""
-        waiting = [self]
-        while waiting:
-            node = waiting.pop()
-            if node.entry is not None:
-                yield node
-            waiting.extend(node.children.values())
-
-    def ancestors(self) -> Iterator[_Node]:
-        """Nodes above this one that hold an entry, the nearest first."""
-        node = self.parent
-        while node is not None:
-            if node.entry is not None:
-                yield node
-            node = node.parent
+    def goes_on(self, chat: str, length: int) -> None:
+        """Note that a chat goes on from the first tokens."""
+        known = chat in self.chats or len(self.chats) < _MAX_CHATS
+        if chat and known and self.chats.get(chat, 0) < length:
+            self.chats[chat] = length
+            self.is_saved = False
 
 
 class PrefixCache:
@@ -111,17 +69,22 @@ class PrefixCache:
     entry of its branch would serve, per byte it would free, plus the value of what went last at the
     time it was used: so what is not used sinks below what is new, the sooner the cheaper it is to
     compute again (GreedyDual-Size).
+
+    Args:
+        budget_bytes: For what is in memory.
+        spill: Where entries are saved, and found again after a restart; None for nowhere.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, spill: Spill | None = None) -> None:
         self.budget_bytes = budget_bytes
         self.nbytes = 0
         """Bytes of all entries; what several share counts once."""
+        self._spill = spill
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._root = _Node()
+        """Forget everything that is in memory."""
+        self._tree = TokenTree[Entry]()
         self._floor = 0.0
         self._held: dict[int, tuple[mx.array, int]] = {}
         self._count = 0
@@ -130,118 +93,147 @@ class PrefixCache:
     def __len__(self) -> int:
         return self._count
 
-    def find(self, tokens: Sequence[int]) -> tuple[int, list[Any]] | None:
+    def find(
+        self, tokens: Sequence[int], chat: str = "", *, is_urgent: bool = False
+    ) -> tuple[int, list[Any]] | None:
         """The longest usable prefix that leaves at least the last token to be computed.
+
+        Args:
+            chat: Which chat goes on from it.
+            is_urgent: Whether others wait meanwhile: large files are not read then.
 
         Returns:
             Its length and states of the caller's own after it, or None.
         """
-        node, shared = self._descend(tokens)
-        shared = min(shared, len(tokens) - 1)
-        while shared > 0:
-            # All entries from this node on have `shared` tokens in common with the prompt.
-            for found in node.subtree():
-                assert found.entry is not None
-                if found.depth == shared or found.entry.is_trimmable:
-                    return shared, self._lend(found.entry, found.depth - shared)
-            assert node.parent is not None
-            node = node.parent
-            shared = min(shared, node.depth)
-        return None
+        found = self._tree.longest(tokens, _serves)
+        if self._spill is not None:
+            length = found[0] if found is not None else 0
+            restored = self._spill.restore(tokens, beyond=length, is_urgent=is_urgent)
+            if restored is not None:
+                sequence, entry, length = restored
+                self._insert(sequence, entry.states, entry.chats, is_saved=True)
+                found = self._tree.longest(tokens, _serves)
+                if found is None or found[0] < length:  # there is no room for it
+                    return length, trimmed(entry.states, len(sequence) - length)
+        if found is None:
+            return None
+        length, node = found
+        assert node.entry is not None
+        node.entry.floor = self._floor
+        node.entry.goes_on(chat, length)
+        node.entry.is_saved = False  # the disk is to know that it was used
+        return length, trimmed(node.entry.states, node.depth - length)
 
-    def insert(self, tokens: Sequence[int], states: Sequence[Any]) -> None:
+    def insert(self, tokens: Sequence[int], states: Sequence[Any], chat: str = "") -> None:
         """Keep the states of one sequence after these tokens; the caller goes on with them.
 
-        Nothing happens where an entry serves these tokens already, or if the states alone are
-        larger than the budget.
+        Nothing but `chat` is noted where an entry serves these tokens already, and nothing happens
+        if the states alone are larger than the budget.
 
         Raises:
             ValueError: the states are of a kind that cannot be kept; see `can_keep`.
         """
-        node, shared = self._descend(tokens)
+        self._insert(tokens, states, {chat: len(tokens)} if chat else {})
+
+    def _insert(
+        self,
+        tokens: Sequence[int],
+        states: Sequence[Any],
+        chats: Mapping[str, int],
+        *,
+        is_saved: bool = False,
+    ) -> None:
+        node, shared = self._tree.descend(tokens)
         longer = list(node.subtree()) if shared == len(tokens) else []
         for below in longer:
             assert below.entry is not None
-            if below.depth == shared or below.entry.is_trimmable:
+            if _serves(below, len(tokens)):
                 below.entry.floor = self._floor
+                for chat, length in chats.items():
+                    below.entry.goes_on(chat, length)
                 return
-        states = [_copied(state, compact=True) for state in states]
+        states = copied(states, compact=True)
         if longer:
             states = _sharing(states, longer[0], len(tokens))
-        entry = _Entry(states, self._floor)
+        entry = Entry(states, self._floor, dict(chats), is_saved)
         if not tokens or sum(array.nbytes for array in entry.arrays()) > self.budget_bytes:
             return
         mx.async_eval(entry.arrays())  # or else they would keep alive all they come from
-        node = self._node(tokens, node, shared)
+        node = self._tree.node(tokens)
         node.entry = entry
         self._take(entry)
         for above in list(node.ancestors()):
             assert above.entry is not None
-            self._release(above.entry)
             if entry.is_trimmable:
+                for chat, length in above.entry.chats.items():
+                    entry.goes_on(chat, length)
                 self._remove(above)
             else:
-                states = _sharing(above.entry.states, node, above.depth)
-                above.entry = _Entry(states, above.entry.floor)
-                self._take(above.entry)
+                self._replace(above, _sharing(above.entry.states, node, above.depth))
         while self.nbytes > self.budget_bytes or self._count > MAX_ENTRIES:
             self._evict(newest=node)
 
-    def _lend(self, entry: _Entry, surplus: int) -> list[Any]:
-        """States for a caller to change, without the last `surplus` tokens."""
-        entry.floor = self._floor
-        states = [_copied(state) for state in entry.states]
-        if surplus:
-            for state in states:
-                state.trim(surplus)
-            states = [_copied(state) for state in states]  # without the slots that leaves unused
-        return states
+    # The disk.
 
-    # The tree.
+    def save_next(self) -> bool:
+        """Save one entry that the disk does not have; False when there is none."""
+        if self._spill is None:
+            return False
+        waiting = [node for node in self._tree.root.subtree() if not _entry(node).is_saved]
+        if not waiting:
+            return False
+        # The longest first: shorter ones then are what it lacks.
+        node = max(waiting, key=lambda node: node.depth)
+        _entry(node).is_saved = True  # whatever comes of it: a fault would come again
+        self._spill.save(node)
+        return True
 
-    def _descend(self, tokens: Sequence[int]) -> tuple[_Node, int]:
-        """How many tokens the tree shares with these, and the node at or next below that point."""
-        node, matched = self._root, 0
-        while matched < len(tokens):
-            child = node.children.get(tokens[matched])
-            if child is None:
-                break
-            rest = tokens[matched : matched + len(child.tokens)]
-            shared = shared_length(child.tokens, rest)
-            node, matched = child, matched + shared
-            if shared < len(child.tokens):
-                break
-        return node, matched
+    def save(self, seconds: float) -> None:
+        """Save what the disk does not have, until this time is up."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.save_next():
+            pass
 
-    def _node(self, tokens: Sequence[int], node: _Node, matched: int) -> _Node:
-        """The node of exactly these tokens, made where `_descend` ended."""
-        if matched < node.depth:
-            cut = len(node.tokens) - (node.depth - matched)
-            assert node.parent is not None
-            upper = _Node(node.tokens[:cut], matched, node.parent, {node.tokens[cut]: node})
-            node.parent.children[upper.tokens[0]] = upper
-            node.tokens, node.parent = node.tokens[cut:], upper
-            node = upper
-        if matched < len(tokens):
-            leaf = _Node(list(tokens[matched:]), len(tokens), node)
-            node.children[leaf.tokens[0]] = leaf
-            node = leaf
-        return node
+    def forget(self, chat: str) -> None:
+        """Drop what is kept of a chat's words, in memory and on disk; of all words if it is "".
 
-    def _remove(self, node: _Node) -> None:
-        """Make a node one without an entry, and the tree as small as it can be."""
-        node.entry = None
-        while node.parent is not None and node.entry is None and not node.children:
-            del node.parent.children[node.tokens[0]]
-            node = node.parent
-        if node.parent is not None and node.entry is None and len(node.children) == 1:
-            (child,) = node.children.values()
-            child.tokens, child.parent = node.tokens + child.tokens, node.parent
-            node.parent.children[child.tokens[0]] = child
+        What another chat goes on from stays, and is that chat's.
+
+        Raises:
+            OSError: a file cannot be removed.
+        """
+        if not chat:
+            self.clear()
+        else:
+            tree = self._tree.root
+            while node := next((n for n in tree.subtree() if chat in _entry(n).chats), None):
+                self._forget(node, chat)
+        if self._spill is not None:
+            self._spill.forget(chat)
+            for node in self._tree.root.subtree():
+                _entry(node).is_saved = False  # it may have lain in a file that is gone
+
+    def _forget(self, node: Node[Entry], chat: str) -> None:
+        entry = _entry(node)
+        del entry.chats[chat]
+        length = max(entry.chats.values(), default=0)
+        if length == node.depth:
+            return
+        above = list(node.ancestors())
+        tokens = node.sequence
+        self._remove(node)
+        # Shorter entries may look at arrays of this one, which hold the rest of its words.
+        for other in above:
+            own = copied(_entry(other).states, compact=True)
+            longer = next((below for below in other.subtree() if below is not other), None)
+            self._replace(other, own if longer is None else _sharing(own, longer, other.depth))
+        if length and entry.is_trimmable:
+            states = trimmed(entry.states, len(tokens) - length)
+            self._insert(tokens[:length], states, entry.chats)
 
     # What entries hold, and which of them goes.
 
-    def _take(self, entry: _Entry) -> None:
+    def _take(self, entry: Entry) -> None:
         self._count += 1
         for array in entry.arrays():
             _, users = self._held.get(id(array), (array, 0))
@@ -249,7 +241,7 @@ class PrefixCache:
             if not users:
                 self.nbytes += array.nbytes
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: Entry) -> None:
         self._count -= 1
         for array in entry.arrays():
             _, users = self._held.pop(id(array))
@@ -258,73 +250,53 @@ class PrefixCache:
             else:
                 self.nbytes -= array.nbytes
 
-    def _evict(self, newest: _Node) -> None:
+    def _remove(self, node: Node[Entry]) -> None:
+        self._release(_entry(node))
+        self._tree.remove(node)
+
+    def _replace(self, node: Node[Entry], states: list[Any]) -> None:
+        """The same entry, made of other arrays."""
+        old = _entry(node)
+        self._release(old)
+        node.entry = Entry(states, old.floor, old.chats)
+        mx.async_eval(node.entry.arrays())
+        self._take(node.entry)
+
+    def _evict(self, newest: Node[Entry]) -> None:
         """Drop the least valuable entry but the newest, which nothing could use yet."""
-        others = (node for node in self._root.subtree() if node is not newest)
+        others = (node for node in self._tree.root.subtree() if node is not newest)
         value, node = min(((self._value(node), node) for node in others), key=lambda pair: pair[0])
-        assert node.entry is not None
         self._floor = value
-        self._release(node.entry)
         self._remove(node)
 
-    def _value(self, node: _Node) -> float:
-        assert node.entry is not None and node.parent is not None
+    def _value(self, node: Node[Entry]) -> float:
+        entry = _entry(node)
+        assert node.parent is not None
         # Where a branch of states that can be trimmed begins, its siblings serve what is before.
-        above = node.parent if node.entry.is_trimmable else next(node.ancestors(), self._root)
-        own = (array.nbytes for array in node.entry.arrays() if self._held[id(array)][1] == 1)
-        return node.entry.floor + (node.depth - above.depth) / max(1, sum(own))
+        above = node.parent if entry.is_trimmable else next(node.ancestors(), self._tree.root)
+        own = (array.nbytes for array in entry.arrays() if self._held[id(array)][1] == 1)
+        return entry.floor + (node.depth - above.depth) / max(1, sum(own))
 
 
-def _is_trimmable(state: Any) -> bool:
-    return type(state).__name__ in _TRIMMABLE and bool(state.is_trimmable())
+def _entry(node: Node[Entry]) -> Entry:
+    assert node.entry is not None
+    return node.entry
 
 
-def _sharing(states: list[Any], longer: _Node, length: int) -> list[Any]:
+def _serves(node: Node[Entry], length: int) -> bool:
+    return node.depth == length or _entry(node).is_trimmable
+
+
+def _sharing(states: list[Any], longer: Node[Entry], length: int) -> list[Any]:
     """States after `length` tokens; what can be trimmed is a part of the longer entry's."""
-    assert longer.entry is not None
     surplus = longer.depth - length
 
-    def part_of(source: Any, state: Any) -> Any:
-        if state_kinds.name_of(state) == state_kinds.CONTAINER:
-            parts = zip(source.caches, state.caches, strict=True)
-            return state_kinds.container([part_of(*pair) for pair in parts])
-        if not _is_trimmable(source):
-            return state
+    def part_of(source: Any, leaf: Any) -> Any:
+        if not is_trimmable(source):
+            return leaf
         part = type(source).from_state(source.state)  # the same arrays
         part.trim(surplus)
         return part
 
-    return [part_of(*pair) for pair in zip(longer.entry.states, states, strict=True)]
-
-
-def _arrays_in(value: Any) -> Iterator[mx.array]:
-    if isinstance(value, mx.array):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _arrays_in(item)
-
-
-def _copied(state: Any, *, compact: bool = False) -> Any:
-    """A state of its own with the same content and no spare slots.
-
-    Arrays are shared until one of both is written to: ours are never written in place, and to the
-    arrays of mlx-lm's states, which are, the copy has handles of its own.
-
-    Args:
-        compact: Whether arrays that are a part of larger ones become independent of them.
-
-    Raises:
-        ValueError: it is of a kind that cannot be taken apart.
-    """
-    name = state_kinds.name_of(state)
-    if name == state_kinds.CONTAINER:
-        return state_kinds.container([_copied(part, compact=compact) for part in state.caches])
-
-    def own(value: Any) -> Any:
-        if isinstance(value, mx.array):
-            return mx.contiguous(value) if compact else value[...]
-        return [own(item) for item in value] if isinstance(value, list | tuple) else value
-
-    fields = state_kinds.fields_of(state)
-    return state_kinds.restore(name, {key: own(value) for key, value in fields.items()})
+    pairs = zip(leaves_of(_entry(longer).states), leaves_of(states), strict=True)
+    return states_of([part_of(*pair) for pair in pairs], states)

@@ -167,10 +167,14 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     over one connection. Empty: the connection. Shown by `gryphon ps`, so no secret."""
     wait_for_model: bool = True
     """False: fail with `model_busy` instead of waiting to swap out a model that is in use."""
+    chat: str = ""
+    """The chat that the words belong to, an id of the client's choice: what the engine keeps of
+    them goes with `ForgetChat`. Empty: what is kept goes by age and size alone."""
 
 
 MAX_STOP_STRINGS = 16
 MAX_CLIENT_CHARACTERS = 200
+MAX_CHAT_ID = 200
 # OpenAI documents no limit; this is more than clients send and cheap to add at every step.
 MAX_LOGIT_BIAS = 1024
 _MAX_INT32 = 2**31 - 1
@@ -234,6 +238,7 @@ def check_request(request: GenerationRequest) -> None:
         )
     if request.constraint is not None:
         check_constraint(request.constraint)
+    check_chat(request.chat)
     check_sampling(request.sampling)
     _check_speculation(request.speculation)
     _check_alone(request)
@@ -261,6 +266,19 @@ def _check_speculation(speculation: PromptLookup | DraftModel | None) -> None:
             raise GryphonError(
                 "invalid_request", f"speculation.{name} must be 1 to {most}, got {value}."
             )
+
+
+def check_chat(chat: str) -> None:
+    """Refuse the id of a chat that is no id.
+
+    Raises:
+        GryphonError: "invalid_request".
+    """
+    if len(chat) > MAX_CHAT_ID:
+        raise GryphonError(
+            "invalid_request",
+            f"chat may have {MAX_CHAT_ID} characters at most, got {len(chat)}.",
+        )
 
 
 _RANGES = {
@@ -337,7 +355,18 @@ class GetStatus(msgspec.Struct, frozen=True, tag="status"):
     id: str
 
 
-Command = GenerationRequest | Cancel | LoadModel | GetStatus
+class ForgetChat(msgspec.Struct, frozen=True, tag="forget"):
+    """Drop what is kept of a chat's words, in memory and on disk; of all words if `chat` is empty.
+
+    What its running requests would leave behind is not kept either. Ends in `Finished`, or in
+    `Failed` with what could not be removed.
+    """
+
+    id: str
+    chat: str
+
+
+Command = GenerationRequest | Cancel | LoadModel | GetStatus | ForgetChat
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):

@@ -7,7 +7,7 @@ import gc
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import mlx.core as mx
 
 import mlxmodels
 from app.engine import kernels
+from app.engine.fingerprint import weights_on_disk
 from app.engine.memory import plan_load
 from app.engine.protocol import ModelRef, Sampling
 from app.engine.sampling import recommended_sampling
@@ -31,12 +32,14 @@ class ResidentModel:
     Attributes:
         recommended: The sampling its generation_config.json recommends.
         note: How its weights are held and what the settings changed, for people.
+        weight_files: What identified the files just before they were read.
     """
 
     ref: ModelRef
     loaded: mlxmodels.LoadedModel
     recommended: Sampling
     note: str
+    weight_files: list[tuple[object, ...]] = field(default_factory=list)
 
     @functools.cached_property
     def can_batch(self) -> bool:
@@ -61,6 +64,7 @@ def load_resident(ref: ModelRef, progress: Callable[[int, int], None]) -> Reside
     try:
         chosen = kernels.choose_backend()
         plan = plan_load(Path(ref.path))
+        files = weights_on_disk(ref)
         progress(0, plan.file_bytes)
         loaded = mlxmodels.load(ref.path, dtype=plan.dtype)
         if ref.adapter:
@@ -79,7 +83,7 @@ def load_resident(ref: ModelRef, progress: Callable[[int, int], None]) -> Reside
             "complete, this build of it is not supported.",
         ) from error
     note = f"{plan.note}, {chosen}" if chosen else plan.note
-    return ResidentModel(ref, loaded, recommended, note)
+    return ResidentModel(ref, loaded, recommended, note, files)
 
 
 def _generation_config(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from app.engine.prefix_cache import always_trimmable, copied, is_trimmable
+from app.engine.state_leaves import always_trimmable, copied, is_trimmable
 from mlxmodels.cache import LayerState
 
 
@@ -18,7 +18,7 @@ class Checkpoint:
     """A model's layer states as they are now.
 
     Raises:
-        ValueError: one of them is of a kind that cannot be kept; see `prefix_cache.can_keep`.
+        ValueError: one of them is of a kind that cannot be kept; see `state_leaves.can_keep`.
     """
 
     def __init__(self, states: Sequence[Any]) -> None:
@@ -45,4 +45,4 @@ def trimmed(states: Sequence[Any], tokens: int) -> bool:
 def _kept(state: Any) -> Any:
     if isinstance(state, LayerState):
         return type(state).from_state(state.state)
-    return copied(state)
+    return copied([state])[0]

@@ -41,7 +41,8 @@ from app.engine.batch import Batch, Emit, Launch, Row
 from app.engine.constrained import allowed_tokens
 from app.engine.ledger import line
 from app.engine.memory import available_bytes
-from app.engine.prefix_cache import PrefixCache, can_keep
+from app.engine.prefix_cache import PrefixCache
+from app.engine.prefix_files import PrefixFiles, not_forgotten
 from app.engine.protocol import (
     Event,
     GenerationRequest,
@@ -54,6 +55,8 @@ from app.engine.protocol import (
 )
 from app.engine.resident import ResidentModel, load_resident, release_memory
 from app.engine.speculation import Lane, Lanes
+from app.engine.spill import Spill
+from app.engine.state_leaves import can_keep
 from app.engine.waiting import WaitingQueue
 from app.errors import GryphonError
 
@@ -61,6 +64,10 @@ logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16
 _MAX_PREFIX_BYTES = 2 * 1024**3
+# Without a request for this long, what was read goes to the disk, one entry at a time.
+_QUIET_S = 0.5
+# What a model change waits for that.
+_SAVE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,12 @@ class Scheduler:
     Args:
         prefix_cache_bytes: Memory for states kept for later requests, 0 keeps none; None takes a
             tenth of what is available once a model is loaded, at most 2 GiB.
+        prefix_files: Where they are kept over a restart; None for nowhere.
     """
 
-    def __init__(self, prefix_cache_bytes: int | None = 0) -> None:
+    def __init__(
+        self, prefix_cache_bytes: int | None = 0, prefix_files: PrefixFiles | None = None
+    ) -> None:
         self.snapshot = Snapshot()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -101,6 +111,7 @@ class Scheduler:
         self._in_flight: Launch | None = None
         self._resident: ResidentModel | None = None
         self._prefix_cache_bytes = prefix_cache_bytes
+        self._prefix_files = prefix_files
         self._prefixes: PrefixCache | None = None
         self._outbox: list[tuple[Emit, Event]] = []
         self.model_loads = 0
@@ -115,6 +126,22 @@ class Scheduler:
     def cancel(self, row: Row) -> None:
         """End a request early, wherever it is. Nothing happens when it has ended."""
         self._inbox.put(lambda: self._cancel(row))
+
+    def forget(self, chat: str, ended: Callable[[GryphonError | None], None]) -> None:
+        """Drop what is kept of a chat's words; `ended` is told, on the MLX thread."""
+        self._inbox.put(lambda: ended(self._forget(chat)))
+
+    def save_prefixes(self, seconds: float) -> None:
+        """Save what is kept for other requests; returns after this time at the latest."""
+        done = threading.Event()
+        deadline = time.monotonic() + seconds
+
+        def save() -> None:
+            self._save_prefixes(deadline - time.monotonic())
+            done.set()
+
+        self._inbox.put(save)
+        done.wait(seconds)
 
     def stop(self) -> None:
         """Make `run` return after the current step."""
@@ -158,11 +185,24 @@ class Scheduler:
 
     def _take_inbox(self, *, block: bool) -> None:
         try:
-            self._inbox.get(block=block)()
+            if block:
+                self._wait_for_call()()
             while True:
                 self._inbox.get(block=False)()
         except queue.Empty:
             pass
+
+    def _wait_for_call(self) -> Callable[[], None]:
+        """The next call from another thread; while none comes, what is kept goes to the disk."""
+        wait_s = _QUIET_S
+        while self._prefixes is not None:
+            try:
+                return self._inbox.get(timeout=wait_s)
+            except queue.Empty:
+                wait_s = 0
+                if not self._prefixes.save_next():
+                    break
+        return self._inbox.get()
 
     def _guarded(self, work: Callable[[], None], rows: Iterable[Row]) -> None:
         """Run one piece of work; whatever it raises ends the rows it was for, and only those."""
@@ -234,13 +274,35 @@ class Scheduler:
 
     def _keep(self, row: Row, states: list[Any]) -> None:
         """Keep a row's states for other requests; a failure costs time, not answers."""
-        if self._prefixes is None:
+        if self._prefixes is None or row.is_forgotten:
             return
         try:
-            self._prefixes.insert(row.fed, states)
+            self._prefixes.insert(row.fed, states, row.generation.chat)
         except Exception:
             logger.exception("keeping states failed")
             self._prefixes.clear()
+
+    def _save_prefixes(self, seconds: float) -> None:
+        """Save what is kept, as far as this time allows; before the model goes."""
+        if self._prefixes is not None:
+            self._prefixes.save(seconds)
+
+    def _forget(self, chat: str) -> GryphonError | None:
+        in_flight = self._in_flight.rows if self._in_flight is not None else []
+        prefilling = [self._prefilling] if self._prefilling is not None else []
+        decoding = [*self._batch.rows, *self._lanes.rows]
+        for row in [*self._queue, *prefilling, *decoding, *in_flight]:
+            if not chat or getattr(row.request, "chat", "") == chat:
+                row.is_forgotten = True
+        try:
+            if self._prefixes is not None:
+                self._prefixes.forget(chat)
+            if self._prefix_files is not None:
+                self._prefix_files.forget(chat)
+        except Exception as error:
+            logger.exception("forgetting failed")
+            return not_forgotten(error)
+        return None
 
     # Admission: at most one model change or one new row per turn.
 
@@ -277,6 +339,7 @@ class Scheduler:
     def _change_model(self, row: Row) -> bool:
         """Make the model of `row` resident, or fail everyone who waits for that model."""
         ref = row.request.model
+        self._save_prefixes(_SAVE_S)
         self._log_unload()
         self._resident = None
         self._prefixes = None
@@ -336,12 +399,15 @@ class Scheduler:
             budget = min(available_bytes() // 10, _MAX_PREFIX_BYTES)
         if not budget or not can_keep(resident.loaded.make_cache()):
             return None
-        return PrefixCache(budget)
+        files = self._prefix_files
+        return PrefixCache(budget, Spill.open(files, resident) if files is not None else None)
 
     def _begin(self, row: Row) -> None:
         """Start a row's prefill."""
         assert self._resident is not None
-        admit(row, self._resident, self._prefixes)
+        admit(
+            row, self._resident, self._prefixes, others_wait=bool(self._batch.rows or self._lanes)
+        )
         if not row.done:
             self._lanes.open(row, self._resident)
             self._prefilling = row

@@ -24,12 +24,12 @@ import mlx.core as mx
 from app.engine.batch import Launch, Row
 from app.engine.drafting import Drafter, LookupDrafter, ModelDrafter, check_same_vocabulary
 from app.engine.penalties import Penalties
-from app.engine.prefix_cache import can_keep
 from app.engine.preparation import shared_length
 from app.engine.protocol import DraftModel, ModelRef, PromptLookup
 from app.engine.resident import ResidentModel, load_resident, release_memory
 from app.engine.rollback import Checkpoint, trimmed
 from app.engine.sampling import BatchSampling, RowSampling, sample
+from app.engine.state_leaves import can_keep
 from app.errors import GryphonError
 
 # Of guesses of one token each, fewer than a quarter right do not pay for the wider passes.

@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import app
+from app import paths
 from app.engine import blas
 from app.engine.ledger import Ledger
 from app.engine.matcher import Matcher, Matchers
+from app.engine.prefix_files import PrefixFiles
 from app.engine.preparation import Prompt, TokenizedPrompt
 from app.engine.preparation_pool import PreparationPool
 from app.engine.protocol import (
@@ -37,10 +39,14 @@ from app.engine.protocol import (
     Event,
     Failed,
     Finished,
+    ForgetChat,
     GenerationRequest,
     GetStatus,
     LoadModel,
+    Timings,
+    Usage,
     Welcome,
+    check_chat,
     check_request,
     encode_frame,
     read_command,
@@ -56,6 +62,8 @@ logger = logging.getLogger(__name__)
 
 # Events a client has not read yet; beyond this it is not reading at all.
 _MAX_UNREAD_BYTES = 16 * 1024 * 1024
+# What a restart finds again is saved when the engine is idle; this is for what came after that.
+_SAVE_S = 0.4
 _NO_PROMPT = TokenizedPrompt([], [])
 
 
@@ -94,6 +102,8 @@ class Connection:
                     self._write(self._engine.status(command.id))
                 elif isinstance(command, Cancel):
                     self._cancel(command.id)
+                elif isinstance(command, ForgetChat):
+                    self._forget(command)
                 elif command.id in self._tasks or command.id in self.rows:
                     message = f"A request with id {command.id!r} is running already."
                     self._engine.ledger.refused("invalid_request")
@@ -165,6 +175,20 @@ class Connection:
         self.rows[request.id] = row
         self._engine.ledger.queued(self.name, request.id)
         self._engine.scheduler.submit(row)
+
+    def _forget(self, command: ForgetChat) -> None:
+        def ended(error: GryphonError | None) -> None:
+            event: Event = Finished(command.id, "stop", Usage(0, 0, 0), Timings(0.0, 0.0, 0.0))
+            if error is not None:
+                event = Failed(command.id, error.code, error.message)
+            self._engine.emit(self, event)
+
+        try:
+            check_chat(command.chat)
+        except GryphonError as error:
+            self.send(Failed(command.id, error.code, error.message))
+        else:
+            self._engine.scheduler.forget(command.chat, ended)
 
     def _cancel(self, request_id: str) -> None:
         if request_id in self.rows:
@@ -256,8 +280,12 @@ def _outlive_nobody(alive_fd: int, engine: Engine) -> None:
     """Wait until the parent's end of the pipe closes and every client is gone; then end."""
     with contextlib.suppress(OSError):
         os.read(alive_fd, 1)
-    while engine.connections:
-        time.sleep(0.05)
+    while True:
+        while engine.connections:
+            time.sleep(0.05)
+        engine.scheduler.save_prefixes(_SAVE_S)
+        if not engine.connections:  # nobody came meanwhile
+            break
     # At once: a computation in progress is of no use to anybody, nor is a prompt in preparation,
     # whose process hears nothing until its time limit. The client made us leader of a group.
     if os.getpgrp() == os.getpid():
@@ -265,12 +293,25 @@ def _outlive_nobody(alive_fd: int, engine: Engine) -> None:
     os._exit(0)
 
 
+def _prefix_files(memory_bytes: int | None) -> PrefixFiles | None:
+    """Where states are kept over a restart; what an earlier engine left unfinished is removed."""
+    disk_bytes = 0 if memory_bytes == 0 else Settings.from_environment().prefix_disk_bytes
+    try:
+        files = PrefixFiles(paths.prefix_dir(), disk_bytes)
+        files.clean()
+    except (GryphonError, OSError) as error:
+        logger.warning("nothing is kept on disk: %s", error)
+        return None
+    return files
+
+
 async def _serve(socket_path: Path, alive_fd: int, backend: blas.Blas) -> None:
     import mlx.core as mx
 
     from app.engine.scheduler import Scheduler
 
-    scheduler = Scheduler(Settings.from_environment().prefix_cache_bytes)
+    memory_bytes = Settings.from_environment().prefix_cache_bytes
+    scheduler = Scheduler(memory_bytes, _prefix_files(memory_bytes))
     device = "Apple GPU" if mx.default_device() == mx.Device(mx.DeviceType.gpu) else "CPU"
     engine = Engine(backend, device, scheduler)
     threading.Thread(target=_run, args=[scheduler], name="mlx", daemon=True).start()

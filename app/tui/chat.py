@@ -7,6 +7,14 @@ from app.history.records import Conversation, StoredMessage
 from app.history.store import History
 
 
+def engine_chat(conversation: int) -> str:
+    """The name under which the engine keeps what it has read of a conversation.
+
+    Whoever deletes a conversation passes it to `EngineClient.forget_chat`.
+    """
+    return f"history-{conversation}"
+
+
 class Chat:
     """One path through a conversation's tree. It is written to the file from its first word on;
     an empty chat is no row at all."""

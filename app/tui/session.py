@@ -13,7 +13,7 @@ from app.errors import GryphonError
 from app.history.store import History
 from app.library.installed import InstalledModel
 from app.tui.answering import Answering, describe
-from app.tui.chat import Chat
+from app.tui.chat import Chat, engine_chat
 from app.tui.ports import EngineFactory
 
 
@@ -95,7 +95,10 @@ class Session:
         self._save_again()
         row = self.chat.begin_answer(self.model.name)
         request = GenerationRequest(
-            id=uuid.uuid4().hex, model=self.model.ref, messages=self.chat.request_messages()
+            id=uuid.uuid4().hex,
+            model=self.model.ref,
+            messages=self.chat.request_messages(),
+            chat=engine_chat(row.conversation),
         )
         self.answering = answering = Answering(
             row, request, history=self.chat.history, on_save_failed=on_save_failed

@@ -341,6 +341,20 @@ def test_list_show_and_ps(tiny: Path) -> None:
     assert json.loads(gryphon("ps", "--json").stdout) is None
 
 
+def test_forget_drops_what_was_kept_and_no_chat(tiny: Path, home: Path) -> None:
+    def cached_tokens() -> int:
+        words = ["run", "--json", "--raw", "--max-tokens", "1", "A text of some length."]
+        events = [json.loads(line) for line in gryphon(*words).stdout.splitlines()]
+        return next(e["cached_tokens"] for e in events if e["type"] == "accepted")
+
+    assert cached_tokens() == 0
+    assert cached_tokens() > 0
+    done = gryphon("forget")
+    assert done.returncode == 0 and "Dropped" in done.stdout and not done.stderr
+    assert not list((home / "cache" / "prefixes").rglob("*.safetensors"))
+    assert cached_tokens() == 0
+
+
 @pytest.fixture
 def endless(home: Path) -> Iterator[None]:
     """Another gryphon that answers for longer than any test: "endless" has no context limit."""

@@ -34,6 +34,7 @@ from app.engine.protocol import (
 
 from ..rounds import rounds
 from ..tiny_models import LLAMA, OPEN_LLAMA, RECURRENT_GEMMA, write_model
+from .asking import check_files
 
 PHASES = ("load", "prefill", "decode", "idle")
 # Some 160 chunks: longer than a test needs to find the engine reading it.
@@ -171,7 +172,7 @@ async def test_kill_9_in_every_phase_under_load(
 
     Either client may own the engine: a crash gives ownership to whoever asks next.
     """
-    ended = 0
+    ended = kept = 0
     for number in rounds(8):
         draw = random.Random(number)
         phase = PHASES[number % len(PHASES)]
@@ -235,12 +236,14 @@ async def test_kill_9_in_every_phase_under_load(
             if phase == "prefill" and end.id == "long":
                 assert not any(isinstance(event, Token) for event in events), "too late"
         await until_no_process(home, seconds=1)
+        kept += check_files(home / "cache" / "prefixes", killed=True)
         # Whoever asks first starts the next engine, though the other owned the one that died.
         for which in draw.sample([client, other_client], 2):
             await answer(which, model)
         assert await pid_of(client) == await pid_of(other_client) != pid
     record_property("kills", len(rounds(8)))
     record_property("requests_ended_once", ended)
+    record_property("files_of_states_whole", kept)
 
 
 async def test_a_prompt_in_preparation_ends_once_and_leaves_no_process(
@@ -405,3 +408,4 @@ async def test_the_engine_ends_within_a_second_of_its_killed_parent(
     parent.wait()
     parent.stdout.close()
     await until_no_process(home, seconds=1)
+    check_files(home / "cache" / "prefixes", killed=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import logging
 import random
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +17,16 @@ from mlx_lm.models import cache as zoo
 import mlxmodels
 from app.engine import prefix_cache, preparation
 from app.engine import scheduler as scheduling
-from app.engine.batch import Row
 from app.engine.client import EngineClient
-from app.engine.prefix_cache import PrefixCache, can_keep
+from app.engine.prefix_cache import PrefixCache
 from app.engine.protocol import (
     Accepted,
-    Event,
-    Failed,
-    Finished,
     GenerationRequest,
     Message,
     ModelRef,
-    Progress,
     Sampling,
-    Token,
 )
-from app.engine.scheduler import Scheduler
+from app.engine.state_leaves import can_keep
 from app.errors import GryphonError
 from app.settings import Settings
 from mlxmodels.cache import LayerState, RecurrentState, WindowCache
@@ -42,119 +34,11 @@ from mlxmodels.full_cache import FullCache
 
 from ..rounds import rounds
 from ..tiny_models import (
-    FALCON_H1,
-    GEMMA2,
-    LLAMA,
     OPEN_LLAMA,
-    QWEN3_NEXT,
-    RECURRENT_GEMMA,
     byte_tokenizer,
     write_model,
 )
-
-FAMILIES = {
-    "gemma2": GEMMA2,  # growing states, and windows of 8 that are soon full
-    "open_llama": OPEN_LLAMA,
-    "recurrent_gemma": RECURRENT_GEMMA,
-    "zoo llama": LLAMA,
-    "zoo falcon_h1": FALCON_H1,  # a recurrence and keys and values in each of its layers
-    "zoo qwen3_next": QWEN3_NEXT,
-}
-TRIMMABLE = ["open_llama", "zoo llama"]
-MIB = 1024**2
-START, END, NEWLINE = 256, 257, 198
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelRef]:
-    root = tmp_path_factory.mktemp("prefixes")
-    return {
-        name: ModelRef(name, str(write_model(root / name.replace(" ", "_"), config)))
-        for name, config in FAMILIES.items()
-    }
-
-
-class Asked:
-    """A request and its answer."""
-
-    def __init__(self, prompt: list[int], cancel_after: int | None) -> None:
-        self.prompt = prompt
-        self.cancel_after = cancel_after
-        self.tokens: list[int] = []
-        self.cached = -1
-        self.read = 0
-        self.end: Finished | Failed | None = None
-        self.ended = threading.Event()
-
-
-class Engine:
-    """A scheduler on its own thread."""
-
-    def __init__(self, model: ModelRef, prefix_cache_bytes: int | None) -> None:
-        self.model = model
-        self.scheduler = Scheduler(prefix_cache_bytes)
-        self._thread = threading.Thread(target=self.scheduler.run, daemon=True)
-        self._thread.start()
-        self._count = 0
-
-    def submit(
-        self,
-        prompt: list[int],
-        boundaries: Sequence[int] = (),
-        *,
-        cancel_after: int | None = None,
-        **fields: Any,
-    ) -> Asked:
-        """Queue a request; it may be cancelled after so many tokens, 0: after the first chunk."""
-        self._count += 1
-        asked = Asked(prompt, cancel_after)
-        values: dict[str, Any] = {"model": self.model, "sampling": Sampling(temperature=0)}
-        values |= {"max_tokens": 12} | fields
-        request = GenerationRequest(id=f"{self._count}", prompt_tokens=[0], **values)
-
-        def emit(event: Event) -> None:  # on the scheduler's thread
-            if isinstance(event, Accepted):
-                asked.cached = event.cached_tokens
-            elif isinstance(event, Progress) and event.phase == "prefill":
-                asked.read = event.processed - 1
-                if asked.cancel_after == 0:
-                    self.scheduler.cancel(row)
-            elif isinstance(event, Token):
-                asked.tokens.append(event.token_id)
-                if len(asked.tokens) == asked.cancel_after:
-                    self.scheduler.cancel(row)
-            elif isinstance(event, (Finished, Failed)):
-                asked.end = event
-                asked.ended.set()
-
-        row = Row(request, emit, prompt, list(boundaries))
-        self.scheduler.submit(row)
-        return asked
-
-    def ask(self, prompt: list[int], boundaries: Sequence[int] = (), **fields: Any) -> Asked:
-        asked = self.submit(prompt, boundaries, **fields)
-        assert asked.ended.wait(60)
-        assert isinstance(asked.end, Finished), asked.end
-        assert asked.end.usage.cached_tokens == asked.cached
-        return asked
-
-    @property
-    def prefix_bytes(self) -> int:
-        return self.scheduler.snapshot.prefix_bytes
-
-    def close(self) -> None:
-        self.scheduler.stop()
-        self._thread.join(60)
-        assert not self._thread.is_alive()
-
-
-@contextlib.contextmanager
-def engine(model: ModelRef, prefix_cache_bytes: int | None = 64 * MIB) -> Iterator[Engine]:
-    running = Engine(model, prefix_cache_bytes)
-    try:
-        yield running
-    finally:
-        running.close()
+from .asking import FAMILIES, MIB, TRIMMABLE, Asked, engine, rendered, tokens_of
 
 
 @pytest.fixture(autouse=True)
@@ -163,25 +47,6 @@ def no_error_is_only_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
     errors = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
     assert all("expected" in str(record.exc_info) for record in errors), errors
-
-
-def tokens_of(length: int, seed: object = 0) -> list[int]:
-    return random.Random(f"{length} {seed}").choices(range(256), k=length)
-
-
-# Conversations as the default template renders them, by ids and by text.
-
-
-def turn(role: str, content: list[int]) -> list[int]:
-    return [START, *role.encode(), NEWLINE, *content, END, NEWLINE]
-
-
-def rendered(turns: Sequence[tuple[str, list[int]]]) -> tuple[list[int], list[int]]:
-    """Ids of a conversation of (role, ids), with the boundary before its last message's text."""
-    *earlier, (role, last) = turns
-    head = [id for turn_ in earlier for id in turn(*turn_)] + [START, *role.encode()]
-    opening = [START, *b"assistant", NEWLINE]
-    return [*head, NEWLINE, *last, END, NEWLINE, *opening], [len(head)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -662,7 +527,7 @@ def content(state: Any, length: int) -> list[float]:
 
 def held_bytes(cache: PrefixCache) -> int:
     arrays: dict[int, int] = {}
-    for node in cache._root.subtree():
+    for node in cache._tree.root.subtree():
         assert node.entry is not None
         arrays |= {id(array): array.nbytes for array in node.entry.arrays()}
     return sum(arrays.values())
@@ -691,7 +556,7 @@ def test_the_tree_finds_the_longest_usable_prefix(kind: str, evicting: bool, rou
         cache.insert(tokens, [make(tokens) for make in KINDS[kind]])
         inserted.append(tokens)
         assert cache.nbytes == held_bytes(cache) <= budget
-        assert len(cache) == len(list(cache._root.subtree()))
+        assert len(cache) == len(list(cache._tree.root.subtree()))
 
         prompt = [*draw.choice(inserted), *sequence()][: draw.randint(1, 40)]
         best = 0
@@ -807,7 +672,7 @@ def test_an_entry_keeps_no_more_than_it_counts() -> None:
     rows = FullCache.merge([full(3), full(200)])
     cache.insert([2] * 3, [rows.extract(0)])
     del rows
-    mx.eval([array for node in cache._root.subtree() for array in node.entry.arrays()])  # type: ignore[union-attr]
+    mx.eval([array for node in cache._tree.root.subtree() for array in node.entry.arrays()])  # type: ignore[union-attr]
     gc.collect()
     assert cache.nbytes == 4 * 2 * 2 * 4096 * 4
     assert mx.get_active_memory() - before <= cache.nbytes + 2**17
@@ -835,7 +700,7 @@ def test_an_entry_stays_as_it_was_whatever_reads_on_from_it(
     cache.insert(prompt, states)
 
     def snapshot() -> list[bytes]:
-        (node,) = cache._root.subtree()
+        (node,) = cache._tree.root.subtree()
         assert node.entry is not None
         return [bytes(memoryview(array)) for array in node.entry.arrays()]  # type: ignore[arg-type]
 
