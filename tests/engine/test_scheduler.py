@@ -434,14 +434,14 @@ def test_load_makes_a_model_resident_without_generating(
 def test_an_exception_in_a_step_ends_its_rows_and_the_engine_goes_on(
     harness: Harness, checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine = Batch.launch
+    genuine = Batch.forward
 
     def failing(self: Batch, model: Any) -> Any:
         if any(row.request.id == "bad" for row in self.rows):
             raise RuntimeError("out of paper")
         return genuine(self, model)
 
-    monkeypatch.setattr(Batch, "launch", failing)
+    monkeypatch.setattr(Batch, "forward", failing)
     harness.submit(request(checkpoints["open_llama"], "bad"), prompt_of(5))
     harness.wait_all()
     failed = harness.said["bad"][-1]
