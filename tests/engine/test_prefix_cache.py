@@ -72,7 +72,8 @@ def test_any_walk_through_a_conversation_gives_what_a_replay_gives(
         if kind == "ids":
             return rendered(turns)
         messages = [Message(role, tokenizer.decode(ids)) for role, ids in turns]
-        return prompts.tokenized(preparation.Prompt(model.path, messages=messages))
+        prompt = prompts.tokenized(preparation.Prompt(model.path, messages=messages))
+        return prompt.tokens, prompt.boundaries
 
     turns = [("user", content())]
     reused = 0
@@ -291,7 +292,7 @@ def conversation(*contents: str) -> list[Message]:
 
 def prefixes(path: Path, messages: list[Message]) -> list[str]:
     """The text of a prompt up to each of its boundaries."""
-    tokens, boundaries = preparation._Prompts(60.0).tokenized(
+    tokens, boundaries, *_ = preparation._Prompts(60.0).tokenized(
         preparation.Prompt(str(path), messages=messages)
     )
     tokenizer = byte_tokenizer()
@@ -357,7 +358,7 @@ def test_boundaries_are_not_what_makes_a_prompt_too_slow(tmp_path: Path) -> None
     path = write_model(tmp_path / "model", OPEN_LLAMA)
     prompt = preparation.Prompt(str(path), messages=conversation("Hi"))
     assert preparation._Prompts(60.0).tokenized(prompt).boundaries
-    tokens, boundaries = preparation._Prompts(1e-9).tokenized(prompt)
+    tokens, boundaries, *_ = preparation._Prompts(1e-9).tokenized(prompt)
     assert tokens and not boundaries
 
 
@@ -381,13 +382,15 @@ def test_a_template_that_strips_and_an_answer_that_tokenizes_differently(
     tokenizer = mlxmodels.load(path).tokenizer
     with engine(model) as cached, engine(model, 0) as plain:
         first = prepare("  How are you?  ")
-        answer = cached.ask(*first, sampling=Sampling(temperature=0.9, seed=3)).tokens
+        answer = cached.ask(
+            first.tokens, first.boundaries, sampling=Sampling(temperature=0.9, seed=3)
+        ).tokens
         text = f"  {tokenizer.decode(answer)}"
         second = prepare("  How are you?  ", text, "Sure?")
         assert second.tokens[len(first.tokens) :][: len(answer)] != answer
-        asked = cached.ask(*second)
+        asked = cached.ask(second.tokens, second.boundaries)
         assert asked.cached >= len(first.tokens) - 1
-        assert asked.tokens == plain.ask(*second).tokens
+        assert asked.tokens == plain.ask(second.tokens, second.boundaries).tokens
 
 
 async def test_the_engine_process_reports_what_it_reuses(checkpoints: dict[str, ModelRef]) -> None:
