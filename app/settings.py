@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,14 @@ class Settings:
     """GRYPHON_PREFIX_CACHE_BYTES: memory for the states of earlier prompts and answers; 0 keeps
     none, None is a tenth of what is available once a model is loaded, at most 2 GiB."""
 
+    memory_bytes: int | None = None
+    """GRYPHON_MEMORY_BYTES: the most that weights, states, prefix cache and scratch may take
+    together; None is what the machine has, less a reserve."""
+
+    keep_alive_s: float = 300.0
+    """GRYPHON_KEEP_ALIVE: seconds a model stays in memory after its last request; 0 unloads it at
+    once, a negative number or "inf" never."""
+
     engine_log_level: str = "warning"
     """GRYPHON_LOG: debug, info, warning or error; never includes prompt text."""
 
@@ -55,6 +64,8 @@ class Settings:
             kernels=_kernels(),
             prompt_time_limit_s=_seconds("GRYPHON_PROMPT_TIME_LIMIT", cls.prompt_time_limit_s),
             prefix_cache_bytes=_bytes("GRYPHON_PREFIX_CACHE_BYTES"),
+            memory_bytes=_bytes("GRYPHON_MEMORY_BYTES"),
+            keep_alive_s=_keep_alive(),
             engine_log_level=env.get("GRYPHON_LOG", "warning"),
         )
 
@@ -76,6 +87,20 @@ def _seconds(name: str, default: float) -> float:
     if not 0 < value <= 86400:
         raise GryphonError(
             "invalid_setting", f"{name} must be a number of seconds, up to a day, got {text!r}."
+        )
+    return value
+
+
+def _keep_alive() -> float:
+    text = os.environ.get("GRYPHON_KEEP_ALIVE", "")
+    try:
+        value = float(text) if text else Settings.keep_alive_s
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise GryphonError(
+            "invalid_setting",
+            f"GRYPHON_KEEP_ALIVE must be a number of seconds, negative for ever, got {text!r}.",
         )
     return value
 

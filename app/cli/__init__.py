@@ -116,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="what a model is")
     show.add_argument("name", nargs="?", help="default: the model that would be used")
+    show.add_argument("--fit", action="store_true", help="what it takes in memory, and if it fits")
     show.add_argument("--json", action="store_true")
 
     ps = commands.add_parser("ps", help="what the engine is doing")

@@ -47,6 +47,8 @@ class Row:
     """Lengths of prefixes of the prompt that other prompts are likely to begin with."""
     done: bool = False
     announced_wait: bool = False
+    waits_for_memory_s: float = 0.0
+    """Since when; 0 if it does not."""
 
     # Set at admission.
     caches: list[Any] = field(default_factory=list)

@@ -173,6 +173,12 @@ class PrefixCache:
         while self.nbytes > self.budget_bytes or self._count > MAX_ENTRIES:
             self._evict(newest=node)
 
+    def shed(self, nbytes: int) -> None:
+        """Drop the least valuable entries until that many bytes are freed or nothing is left."""
+        target = max(0, self.nbytes - nbytes)
+        while self.nbytes > target:
+            self._evict()
+
     def _lend(self, entry: _Entry, surplus: int) -> list[Any]:
         """States for a caller to change, without the last `surplus` tokens."""
         entry.floor = self._floor
@@ -244,7 +250,7 @@ class PrefixCache:
             else:
                 self.nbytes -= array.nbytes
 
-    def _evict(self, newest: _Node) -> None:
+    def _evict(self, newest: _Node | None = None) -> None:
         """Drop the least valuable entry but the newest, which nothing could use yet."""
         others = (node for node in self._root.subtree() if node is not newest)
         value, node = min(((self._value(node), node) for node in others), key=lambda pair: pair[0])

@@ -9,6 +9,7 @@ No MLX here, nor anything that imports it.
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 from collections.abc import Mapping
 from typing import Literal
@@ -126,6 +127,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     """Alternatives reported per token with their logprobs, 0 to 20."""
     wait_for_model: bool = True
     """False: fail with `model_busy` instead of waiting to swap out a model that is in use."""
+    keep_alive_s: float | None = None
+    """Seconds the model stays in memory after this request, if no other follows: 0 unloads it at
+    once, a negative number or infinity never. None: as GRYPHON_KEEP_ALIVE says."""
 
 
 MAX_STOP_STRINGS = 16
@@ -176,6 +180,7 @@ def check_request(request: GenerationRequest) -> None:
             "invalid_request",
             f"top_logprobs must be 0 to {MAX_TOP_LOGPROBS}, got {request.top_logprobs}.",
         )
+    check_keep_alive(request)
     check_sampling(request.sampling)
 
 
@@ -245,12 +250,24 @@ class LoadModel(msgspec.Struct, frozen=True, tag="load"):
 
     id: str
     model: ModelRef
+    keep_alive_s: float | None = None
+    """As in `GenerationRequest`."""
 
 
 class GetStatus(msgspec.Struct, frozen=True, tag="status"):
     """Ask for one `EngineStatus`. Answered at once, whatever the engine is computing."""
 
     id: str
+
+
+def check_keep_alive(request: GenerationRequest | LoadModel) -> None:
+    """Refuse what is no time.
+
+    Raises:
+        GryphonError: "invalid_request".
+    """
+    if request.keep_alive_s is not None and math.isnan(request.keep_alive_s):
+        raise GryphonError("invalid_request", "keep_alive_s must be a number of seconds, got nan.")
 
 
 Command = GenerationRequest | Cancel | LoadModel | GetStatus
@@ -371,8 +388,16 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="engine_status
     """Key/value and recurrent state of the running rows."""
     prefix_bytes: int = 0
     """The same of earlier prompts and answers, kept so that others continue from them."""
+    scratch_bytes: int = 0
+    """Set aside for computing the running rows' next tokens."""
     active_bytes: int
     """What MLX holds in all."""
+    cache_bytes: int = 0
+    """Freed buffers that MLX keeps for later, on top of that."""
+    footprint_bytes: int = 0
+    """Resident memory of the engine process: Python and its libraries too."""
+    budget_bytes: int = 0
+    """What weights, states, prefix cache and scratch may take together at present."""
     running: int
     queued: int
     uptime_s: float

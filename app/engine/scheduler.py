@@ -17,6 +17,7 @@ the longest of them that its prompt begins with.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -27,10 +28,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from app.engine import kernels
-from app.engine.admission import PREFILL_CHUNK, admit
+from app.engine import kernels, memory
+from app.engine.admission import PREFILL_CHUNK, admit, check_prompt, least_of
 from app.engine.batch import Batch, Emit, Launch, Row
-from app.engine.memory import available_bytes
+from app.engine.keep_alive import KeepAlive
 from app.engine.prefix_cache import PrefixCache, can_keep
 from app.engine.protocol import (
     Event,
@@ -42,7 +43,8 @@ from app.engine.protocol import (
     Token,
     TokenLogprob,
 )
-from app.engine.resident import ResidentModel, load_resident, release_memory
+from app.engine.resident import ResidentModel, load_resident, plan_resident
+from app.engine.room import Room, ended_early
 from app.errors import GryphonError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,10 @@ class Snapshot:
     weight_bytes: int = 0
     state_bytes: int = 0
     prefix_bytes: int = 0
+    scratch_bytes: int = 0
     active_bytes: int = 0
+    cache_bytes: int = 0
+    budget_bytes: int = 0
     running: int = 0
     queued: int = 0
     context_length: int | None = None
@@ -77,9 +82,16 @@ class Scheduler:
     Args:
         prefix_cache_bytes: Memory for states kept for later requests, 0 keeps none; None takes a
             tenth of what is available once a model is loaded, at most 2 GiB.
+        memory_bytes: Caps the memory budget; None is what the machine has.
+        keep_alive_s: How long a model stays after its last request; negative or infinite: for ever.
     """
 
-    def __init__(self, prefix_cache_bytes: int | None = 0) -> None:
+    def __init__(
+        self,
+        prefix_cache_bytes: int | None = 0,
+        memory_bytes: int | None = None,
+        keep_alive_s: float = math.inf,
+    ) -> None:
         self.snapshot = Snapshot()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -90,6 +102,9 @@ class Scheduler:
         self._resident: ResidentModel | None = None
         self._prefix_cache_bytes = prefix_cache_bytes
         self._prefixes: PrefixCache | None = None
+        self._budget = memory.MemoryBudget(memory_bytes)
+        self._room: Room | None = None
+        self._keep_alive = KeepAlive(keep_alive_s)
         self._outbox: list[tuple[Emit, Event]] = []
 
     # Called from other threads.
@@ -112,8 +127,11 @@ class Scheduler:
     def run(self) -> None:
         """Work until `stop`."""
         while not self._stopping.is_set():
-            idle = not (self._queue or self._holds_state)
-            self._take_inbox(block=idle)
+            if self._queue or self._holds_state:
+                self._keep_alive.used()
+                self._take_inbox(wait_s=0.0)
+            else:
+                self._rest()
             self._admit()
             if self._prefilling is not None:
                 self._guarded(self._prefill_chunk, [self._prefilling])
@@ -131,9 +149,22 @@ class Scheduler:
     def _holds_state(self) -> bool:
         return bool(self._active) or self._in_flight is not None
 
-    def _take_inbox(self, *, block: bool) -> None:
+    @property
+    def _running(self) -> list[Row]:
+        """Rows being prefilled or decoded, in the order in which they began."""
+        return self._batch.rows + ([self._prefilling] if self._prefilling is not None else [])
+
+    def _rest(self) -> None:
+        """Wait for something to do; meanwhile the model's time may run out."""
+        mx.clear_cache()
+        self._take_inbox(wait_s=self._keep_alive.remaining_s() if self._resident else None)
+        if self._resident and not self._queue and self._keep_alive.remaining_s() == 0:
+            self._unload()
+
+    def _take_inbox(self, *, wait_s: float | None) -> None:
+        """Do what other threads have asked for, after waiting for the first of it."""
         try:
-            self._inbox.get(block=block)()
+            self._inbox.get(timeout=wait_s)()
             while True:
                 self._inbox.get(block=False)()
         except queue.Empty:
@@ -214,9 +245,10 @@ class Scheduler:
 
     def _keep(self, row: Row, states: list[Any]) -> None:
         """Keep a row's states for other requests; a failure costs time, not answers."""
-        if self._prefixes is None:
+        if self._prefixes is None or self._room is None:
             return
         try:
+            self._room.limit_prefixes(self._running)
             self._prefixes.insert(row.fed, states)
         except Exception:
             logger.exception("keeping states failed")
@@ -236,10 +268,27 @@ class Scheduler:
                 return
         if isinstance(row.request, LoadModel):
             self._queue.popleft()
+            self._keep_alive.asked(row.request.keep_alive_s)
             row.finish("stop")
         elif self._active < (MAX_ROWS if self._resident and self._resident.can_batch else 1):
-            self._queue.popleft()
-            self._guarded(lambda: self._begin(row), [row])
+            if self._has_memory_for(row):
+                self._queue.popleft()
+                self._guarded(lambda: self._begin(row), [row])
+            elif row.done:
+                self._queue.remove(row)
+
+    def _has_memory_for(self, row: Row) -> bool:
+        """Whether a row may begin; a row that never may, or has waited too long, is failed."""
+        assert self._resident is not None and self._room is not None
+        try:
+            if not row.waits_for_memory_s:
+                check_prompt(row, self._resident)
+            if self._room.admits(row, self._running):
+                return True
+            self._room.wait(row)
+        except GryphonError as error:
+            row.fail(error.code, error.message, error.retry_after)
+        return False
 
     def _announce_wait(self, row: Row) -> None:
         if not row.announced_wait and self._resident is not None:
@@ -250,26 +299,35 @@ class Scheduler:
     def _change_model(self, row: Row) -> bool:
         """Make the model of `row` resident, or fail everyone who waits for that model."""
         ref = row.request.model
-        self._resident = None
-        self._prefixes = None
-        self._batch = Batch()
-        release_memory()
-        self.snapshot = Snapshot(model=ref, state="loading", queued=len(self._queue))
 
         def progress(done: int, total: int) -> None:
             row.emit(Progress(row.request.id, "load", done, total, f"loading {ref.name}"))
             self._send_events()  # the turn will not end for a while
 
         try:
-            self._resident = load_resident(ref, progress)
+            plan = plan_resident(ref, self._budget)  # or else what is loaded stays
+            self._unload()
+            self.snapshot = Snapshot(model=ref, state="loading", queued=len(self._queue))
+            self._resident = resident = load_resident(ref, plan, progress)
         except GryphonError as error:
-            release_memory()
+            memory.release()
             for waiting in [row for row in self._queue if row.request.model == ref]:
                 self._queue.remove(waiting)
                 waiting.fail(error.code, error.message)
             return False
-        self._prefixes = self._new_prefix_cache(self._resident)
+        held, chunk = resident.loaded.nbytes, PREFILL_CHUNK[mx.default_device().type]
+        memory.limit_mlx(resident.footprint, chunk)
+        self._prefixes = self._new_prefix_cache(resident)
+        self._room = Room(self._budget, resident.footprint, ref.name, held, self._prefixes, chunk)
         return True
+
+    def _unload(self) -> None:
+        """Forget the model and what was kept for it, and give the memory back."""
+        self._resident = None
+        self._prefixes = None
+        self._room = None
+        self._batch = Batch()
+        memory.release()
 
     def _new_prefix_cache(self, resident: ResidentModel) -> PrefixCache | None:
         """None where nothing may be kept."""
@@ -279,25 +337,41 @@ class Scheduler:
             return None
         budget = self._prefix_cache_bytes
         if budget is None:
-            budget = min(available_bytes() // 10, _MAX_PREFIX_BYTES)
+            left = self._budget.now_bytes() - resident.loaded.nbytes
+            budget = max(0, min(left // 10, _MAX_PREFIX_BYTES))
         if not budget or not can_keep(resident.loaded.make_cache()):
             return None
         return PrefixCache(budget)
 
     def _begin(self, row: Row) -> None:
         """Start a row's prefill."""
-        assert self._resident is not None
-        admit(row, self._resident, self._prefixes)
+        assert self._resident is not None and self._room is not None
+        self._keep_alive.asked(row.generation.keep_alive_s)
+        admit(row, self._resident, self._prefixes, self._room)
         if not row.done:
             self._prefilling = row
+
+    def _end_newest(self) -> None:
+        """End a row for lack of memory, so that the others can go on."""
+        rows = self._running
+        newest = rows[-1]
+        error = ended_early(newest, len(rows))
+        newest.fail(error.code, error.message, error.retry_after)
+        if newest is self._prefilling:
+            self._prefilling = None
+            newest.caches = []
+        self._batch.drop(lambda row: row.done)
 
     # Prefill and decode.
 
     def _prefill_chunk(self) -> None:
-        row, resident = self._prefilling, self._resident
-        assert row is not None and resident is not None
+        row, resident, memory_room = self._prefilling, self._resident, self._room
+        assert row is not None and resident is not None and memory_room is not None
         total = len(row.prompt) - 1
-        size = room = PREFILL_CHUNK[mx.default_device().type]
+        size = room = memory_room.step(self._running)
+        if not size:
+            self._end_newest()
+            return
         while room and row.processed < total:
             stop = min(row.processed + room, total, *list(row.marks)[:1])
             chunk = row.prompt[row.processed : stop]
@@ -315,10 +389,13 @@ class Scheduler:
             self._prefilling = None
             resident.loaded.end_prompt(row.caches)
             self._batch.join(row)
+            mx.clear_cache()  # what a chunk computes in fits nothing that decoding does
 
     def _decode(self) -> None:
         # A row whose last allowed token is already being computed feeds nothing more.
         self._drop(lambda row: row.launched >= row.max_tokens)
+        while self._room is not None and not self._room.can_grow(self._running):
+            self._end_newest()
         launch = None
         if self._batch.rows:
             assert self._resident is not None
@@ -375,17 +452,28 @@ class Scheduler:
     def _publish(self) -> None:
         resident = self._resident
         if resident is None:
-            self.snapshot = Snapshot(active_bytes=mx.get_active_memory(), queued=len(self._queue))
+            self.snapshot = Snapshot(
+                active_bytes=mx.get_active_memory(),
+                cache_bytes=mx.get_cache_memory(),
+                budget_bytes=self._budget.now_bytes(),
+                queued=len(self._queue),
+            )
             return
+        reading = self._prefilling.caches if self._prefilling is not None else []
         self.snapshot = Snapshot(
             model=resident.ref,
             state="ready",
             weight_bytes=resident.loaded.nbytes,
-            state_bytes=self._batch.nbytes,
+            state_bytes=self._batch.nbytes + sum(int(state.nbytes) for state in reading),
             prefix_bytes=self._prefixes.nbytes if self._prefixes is not None else 0,
+            scratch_bytes=self._room.scratch_bytes(self._running) if self._room else 0,
             active_bytes=mx.get_active_memory(),
+            cache_bytes=mx.get_cache_memory(),
+            budget_bytes=self._budget.now_bytes(),
             running=self._active,
             queued=len(self._queue),
-            context_length=resident.loaded.context_length,
+            context_length=least_of(
+                resident.loaded.context_length, self._room.context if self._room else None
+            ),
             note=", ".join([resident.note, *kernels.faults()]),
         )

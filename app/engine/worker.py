@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import psutil
 
 import app
 from app.engine import blas
@@ -37,6 +38,7 @@ from app.engine.protocol import (
     GetStatus,
     LoadModel,
     Welcome,
+    check_keep_alive,
     check_request,
     encode_frame,
     read_command,
@@ -88,7 +90,7 @@ class Connection:
                     message = f"A request with id {command.id!r} is running already."
                     self.send(Failed(command.id, "invalid_request", message))
                 elif isinstance(command, LoadModel):
-                    self._submit(command, _NO_PROMPT)
+                    self._load(command)
                 else:
                     self._start(command)
         except asyncio.IncompleteReadError:
@@ -99,6 +101,14 @@ class Connection:
             for request_id in [*self._tasks, *self.rows]:
                 self._cancel(request_id)
             self._writer.close()
+
+    def _load(self, request: LoadModel) -> None:
+        try:
+            check_keep_alive(request)
+        except GryphonError as error:
+            self.send(Failed(request.id, error.code, error.message))
+        else:
+            self._submit(request, _NO_PROMPT)
 
     def _start(self, request: GenerationRequest) -> None:
         def ended(task: asyncio.Task[None]) -> None:
@@ -172,7 +182,8 @@ class Engine:
         if isinstance(event, (Finished, Failed)):
             connection.rows.pop(event.id, None)
         if isinstance(event, Accepted) and self._backend.kind == "reference":
-            event = msgspec.structs.replace(event, notice=self._backend.note)
+            notices = [notice for notice in (self._backend.note, event.notice) if notice]
+            event = msgspec.structs.replace(event, notice=" ".join(notices))
         connection.send(event)
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -198,7 +209,11 @@ class Engine:
             weight_bytes=view.weight_bytes,
             state_bytes=view.state_bytes,
             prefix_bytes=view.prefix_bytes,
+            scratch_bytes=view.scratch_bytes,
             active_bytes=view.active_bytes,
+            cache_bytes=view.cache_bytes,
+            footprint_bytes=psutil.Process().memory_info().rss,
+            budget_bytes=view.budget_bytes,
             running=view.running,
             queued=view.queued,
             uptime_s=time.monotonic() - self._started,
@@ -233,7 +248,8 @@ async def _serve(socket_path: Path, alive_fd: int, backend: blas.Blas) -> None:
 
     from app.engine.scheduler import Scheduler
 
-    scheduler = Scheduler(Settings.from_environment().prefix_cache_bytes)
+    settings = Settings.from_environment()
+    scheduler = Scheduler(settings.prefix_cache_bytes, settings.memory_bytes, settings.keep_alive_s)
     device = "Apple GPU" if mx.default_device() == mx.Device(mx.DeviceType.gpu) else "CPU"
     engine = Engine(backend, device, scheduler)
     threading.Thread(target=_run, args=[scheduler], name="mlx", daemon=True).start()

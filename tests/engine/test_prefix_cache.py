@@ -18,9 +18,9 @@ from mlx_lm.models import cache as zoo
 
 import mlxmodels
 from app.engine import prefix_cache, preparation
-from app.engine import scheduler as scheduling
 from app.engine.batch import Row
 from app.engine.client import EngineClient
+from app.engine.memory import MemoryBudget
 from app.engine.prefix_cache import PrefixCache, can_keep
 from app.engine.protocol import (
     Accepted,
@@ -34,6 +34,7 @@ from app.engine.protocol import (
     Sampling,
     Token,
 )
+from app.engine.resident import load_resident, plan_resident
 from app.engine.scheduler import Scheduler
 from app.errors import GryphonError
 from app.settings import Settings
@@ -559,11 +560,12 @@ def test_without_a_setting_the_budget_is_a_tenth_of_what_is_left(
     available: int,
     budget: int | None,
 ) -> None:
-    monkeypatch.setattr(scheduling, "available_bytes", lambda: available)
-    with engine(checkpoints["open_llama"], None) as cached:
-        cached.ask(tokens_of(5))
-        prefixes = cached.scheduler._prefixes
-        assert (prefixes.budget_bytes if prefixes is not None else None) == budget
+    scheduler, model = Scheduler(None), checkpoints["open_llama"]
+    resident = load_resident(model, plan_resident(model, MemoryBudget()), lambda *_: None)
+    total = available + resident.loaded.nbytes
+    monkeypatch.setattr(MemoryBudget, "now_bytes", lambda self: total)
+    prefixes = scheduler._new_prefix_cache(resident)
+    assert (prefixes.budget_bytes if prefixes is not None else None) == budget
 
 
 @pytest.mark.parametrize(("text", "expected"), [("", None), ("0", 0), ("1048576", MIB)])
