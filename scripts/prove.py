@@ -30,6 +30,7 @@ TARGET = ROOT / "docs" / "proofs.md"
 PROOFS = {
     "batch": ("a row in a batch is that row alone", "tests/engine/test_batch_equals_single.py"),
     "prefix": ("what was read before, continued, is a replay", "tests/engine/test_prefix_cache.py"),
+    "soak": ("random load on a small machine leaves nothing", "tests/engine/test_soak.py"),
     "crash": ("kill -9 of the engine at every stage", "tests/engine/test_crash.py"),
 }
 """What each shows, and the tests that show it."""

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mlxmodels.footprint import footprint
+
 from ..tiny_models import OPEN_LLAMA, RECURRENT_GEMMA, write_model
 
 GRYPHON = str(Path(sys.executable).with_name("gryphon"))
@@ -236,6 +238,37 @@ def test_list_show_and_ps(tiny: Path) -> None:
     assert json.loads(gryphon("ps", "--json").stdout) is None
 
 
+def test_show_fit_is_the_arithmetic(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = footprint(tiny, expand=sys.platform != "darwin", on_gpu=sys.platform == "darwin")
+    done = gryphon("show", "tiny", "--fit", "--json")
+    shown = json.loads(done.stdout)
+    assert (done.returncode, shown["verdict"], shown["limited_by"]) == (0, "fits", "model")
+    assert shown["largest_context"] == 512
+    assert shown["weight_bytes"] == taken.weight_bytes
+    assert shown["state_bytes"] == {"512": taken.state_bytes(512)}
+    for budget, verdict in ((taken.least_bytes, "memory sets"), (1000, "does not fit")):
+        monkeypatch.setenv("GRYPHON_MEMORY_BYTES", str(budget))
+        done = gryphon("show", "tiny", "--fit")
+        assert done.returncode == ("not" in verdict)
+        for term in ("weights", "state at 512", "computing", "GRYPHON_MEMORY_BYTES", verdict):
+            assert term in done.stdout or ("state" in term and "not" in verdict), term
+
+
+def test_show_fit_knows_models_without_a_limit(home: Path) -> None:
+    write_model(home / "data" / "models" / "griffin", RECURRENT_GEMMA)
+    shown = json.loads(gryphon("show", "griffin", "--fit", "--json").stdout)
+    assert shown["largest_context"] is None and shown["bytes_per_token"] == 0
+    assert len(set(shown["state_bytes"].values())) == 1 < len(shown["state_bytes"])
+    assert "a context of any length" in gryphon("show", "griffin", "--fit").stdout
+
+
+def test_show_fit_uses_the_budget_of_the_engine_that_runs(endless: None) -> None:
+    budget = json.loads(gryphon("ps", "--json").stdout)["budget_bytes"]
+    shown = json.loads(gryphon("show", "endless", "--fit", "--json").stdout)
+    assert shown["budget_source"] == "what the running engine has"
+    assert shown["budget_bytes"] == pytest.approx(budget, rel=0.2)
+
+
 @pytest.fixture
 def endless(home: Path) -> Iterator[None]:
     """Another gryphon that answers for longer than any test: "endless" has no context limit."""
@@ -259,7 +292,11 @@ def endless(home: Path) -> Iterator[None]:
 def test_ps_shows_the_engine_of_another_gryphon(endless: None) -> None:
     status = json.loads(gryphon("ps", "--json").stdout)
     assert status["model"]["name"] == "endless" and status["running"] == 1
-    assert "endless, ready" in gryphon("ps").stdout
+    held = status["weight_bytes"] + status["state_bytes"] + status["scratch_bytes"]
+    assert 0 < held < status["active_bytes"] + status["scratch_bytes"] < status["budget_bytes"]
+    assert status["footprint_bytes"] > status["active_bytes"]
+    text = gryphon("ps").stdout
+    assert "endless, ready" in text and " used, " in text
 
 
 def test_no_wait_refuses_while_another_model_answers(endless: None, tiny: Path) -> None:
