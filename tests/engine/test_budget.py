@@ -17,6 +17,8 @@ import pytest
 from app import machine
 from app.engine import room
 from app.engine.batch import Row
+from app.engine.memory import MemoryBudget
+from app.engine.prefix_cache import PrefixCache
 from app.engine.protocol import (
     Accepted,
     Event,
@@ -170,7 +172,9 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded_and_the_other_
         for term in ("weights take", "256 tokens", "computing", "available", "left to"):
             assert term in failure.message
         assert not [event for event in refused.events if isinstance(event, Progress)]
-        small.ask(models["growing"], 5).answer()
+        again = small.ask(models["growing"], 5)
+        again.answer()
+        assert not [event for event in again.events if isinstance(event, Progress)], "loaded again"
         view = small.scheduler.snapshot
         assert view.model == models["growing"] and view.weight_bytes == weights
 
@@ -245,6 +249,21 @@ def test_the_prefix_cache_goes_first_and_nobody_waits(models: dict[str, ModelRef
         asked.answer()
         assert not asked.waits.is_set()
         assert small.scheduler.snapshot.prefix_bytes < kept
+
+
+def test_the_prefix_cache_may_have_what_running_rows_leave(models: dict[str, ModelRef]) -> None:
+    taken, prefixes = plan(models["growing"]), PrefixCache(2**30)
+    free = 3 * taken.row_bytes(128, 600)
+    budget = MemoryBudget(taken.weight_bytes + free)
+    account = room.Room(budget, taken, "growing", taken.weight_bytes, prefixes, 128)
+    account.limit_prefixes([])
+    assert prefixes.budget_bytes == free - taken.row_bytes(128, 0, rows=0)
+    request = GenerationRequest(id="r", model=models["growing"], prompt_tokens=[0], max_tokens=100)
+    row = Row(request, lambda event: None, tokens_of(500))
+    account.limit_prefixes([row])
+    assert prefixes.budget_bytes == free - taken.row_bytes(128, 600)
+    account.limit_prefixes([row] * 16)
+    assert prefixes.budget_bytes == 0
 
 
 def test_a_request_waits_for_the_memory_of_another_and_is_answered_alike(

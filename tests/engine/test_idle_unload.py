@@ -80,7 +80,8 @@ class Engine:
             if isinstance(event, (Finished, Failed)):
                 ended.set()
 
-        self.scheduler.submit(Row(asked, emit, [1, 2, 3]))
+        prompt = asked.prompt_tokens if isinstance(asked, GenerationRequest) else None
+        self.scheduler.submit(Row(asked, emit, prompt or []))
         return events, ended
 
     def ask(self, asked: GenerationRequest | LoadModel) -> list[Event]:
@@ -156,7 +157,15 @@ def test_never_during_an_answer_nor_while_others_wait(
     """The shortest time there is, a long answer, and requests that have to queue for the batch."""
     engine = start(0)
     many = [
-        engine.submit(request(models["griffin"], f"{i}", max_tokens=20, keep_alive_s=0))
+        engine.submit(
+            request(
+                models["griffin"],
+                f"{i}",
+                prompt_tokens=[1] * (500 if i % 5 == 0 else 3),
+                max_tokens=20,
+                keep_alive_s=0,
+            )
+        )
         for i in range(24)
     ]
     for events, ended in many:
@@ -175,8 +184,8 @@ def test_nothing_is_left_of_an_unloaded_model(
     assert engine.unloaded.wait(60)
     before = mx.get_active_memory()
     engine.unloaded.clear()
-    engine.ask(request(models["wide"], prompt_tokens=[5], max_tokens=20))
-    assert engine.scheduler.snapshot.prefix_bytes > 0
+    engine.ask(request(models["wide"], prompt_tokens=[5] * 400, max_tokens=20))
+    assert engine.scheduler.snapshot.prefix_bytes > MIB
     assert mx.get_active_memory() - before > 30 * MIB
     engine.ask(request(models["wide"], keep_alive_s=0))
     assert engine.unloaded.wait(60)
