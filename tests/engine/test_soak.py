@@ -33,7 +33,7 @@ from ..tiny_models import OPEN_LLAMA, RECURRENT_GEMMA, write_model
 
 # Ten minutes at the scale of `scripts/prove --full`.
 SECONDS = 24 * SCALE if SCALE > 1 else 6
-WARM_UP_SECONDS = 60 if SCALE >= 25 else 12 if SCALE > 1 else 5
+WARM_UP_SECONDS = 60 if SCALE > 1 else 5
 AT_A_TIME = 8
 # What a request may be told: pressure is what this is about.
 REFUSALS = {"out_of_memory", "queue_full", "does_not_fit", "engine_stopped"}
