@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,14 @@ class Settings:
     """GRYPHON_PREFIX_DISK_BYTES: disk for the same, so that a restart finds it again; 0 keeps none
     there, None is a tenth of the free disk, at most 4 GiB."""
 
+    memory_bytes: int | None = None
+    """GRYPHON_MEMORY_BYTES: the most that weights, states, prefix cache and scratch may take
+    together; None is what the machine has, less a reserve."""
+
+    keep_alive_s: float = 300.0
+    """GRYPHON_KEEP_ALIVE: seconds a model stays in memory after its last request; 0 unloads it at
+    once, a negative number or "inf" never."""
+
     engine_log_level: str = "warning"
     """GRYPHON_LOG: debug, info, warning or error; never includes prompt text."""
 
@@ -60,6 +69,8 @@ class Settings:
             prompt_time_limit_s=_seconds("GRYPHON_PROMPT_TIME_LIMIT", cls.prompt_time_limit_s),
             prefix_cache_bytes=_bytes("GRYPHON_PREFIX_CACHE_BYTES"),
             prefix_disk_bytes=_bytes("GRYPHON_PREFIX_DISK_BYTES"),
+            memory_bytes=_bytes("GRYPHON_MEMORY_BYTES"),
+            keep_alive_s=_keep_alive(),
             engine_log_level=env.get("GRYPHON_LOG", "warning"),
         )
 
@@ -81,6 +92,20 @@ def _seconds(name: str, default: float) -> float:
     if not 0 < value <= 86400:
         raise GryphonError(
             "invalid_setting", f"{name} must be a number of seconds, up to a day, got {text!r}."
+        )
+    return value
+
+
+def _keep_alive() -> float:
+    text = os.environ.get("GRYPHON_KEEP_ALIVE", "")
+    try:
+        value = float(text) if text else Settings.keep_alive_s
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise GryphonError(
+            "invalid_setting",
+            f"GRYPHON_KEEP_ALIVE must be a number of seconds, negative for ever, got {text!r}.",
         )
     return value
 

@@ -99,6 +99,9 @@ def load(
             f"load them as {heads.CAUSAL_LM!r}."
         )
 
+    # Layers draw initial weights that nobody evaluates. MLX's generator would keep the splits of
+    # its key that they came from, all of them, for as long as the process lives.
+    mx.eval(mx.random.state)
     trained, context = _lengths(model, config)
     return LoadedModel(
         model=model,

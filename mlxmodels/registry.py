@@ -25,16 +25,20 @@ def supported(model_type: str) -> Literal["native", "zoo"] | None:
     """Whether a model_type is a port of ours, one of mlx-lm's, or unknown; imports neither."""
     if model_type in NATIVE:
         return "native"
-    name = _zoo_aliases().get(model_type, model_type)
-    models = _zoo_directory() / "models"
-    if not name.replace("_", "").replace("-", "").isalnum():
-        return None
-    try:
-        source = (models / f"{name}.py").read_text(encoding="utf-8")
-    except OSError:
-        return None
     # Its other files are parts of models.
-    return "zoo" if re.search(r"^(class|from .* import.*) Model\b", source, re.M) else None
+    is_model = re.search(r"^(class|from .* import.*) Model\b", zoo_source(model_type), re.M)
+    return "zoo" if is_model else None
+
+
+def zoo_source(model_type: str) -> str:
+    """The source of mlx-lm's file for a model_type, empty if it has none; not run."""
+    name = _zoo_aliases().get(model_type, model_type)
+    if not name.replace("_", "").replace("-", "").isalnum():
+        return ""
+    try:
+        return (_zoo_directory() / "models" / f"{name}.py").read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def model_classes(config: Mapping[str, Any]) -> tuple[type, type]:

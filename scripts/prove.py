@@ -35,6 +35,7 @@ PROOFS = {
         "an answer held to a JSON schema that ends by itself is valid",
         "tests/engine/test_constrained_json.py",
     ),
+    "soak": ("random load on a small machine leaves nothing", "tests/engine/test_soak.py"),
     "crash": ("kill -9 of the engine at every stage", "tests/engine/test_crash.py"),
 }
 """What each shows, and the tests that show it."""

@@ -169,6 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="what a model is")
     show.add_argument("name", nargs="?", help="default: the model that would be used")
+    show.add_argument("--fit", action="store_true", help="what it takes in memory, and if it fits")
     show.add_argument("--json", action="store_true")
 
     adapters = commands.add_parser("adapters", help="LoRA adapters made by mlx-lm")

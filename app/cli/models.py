@@ -8,6 +8,7 @@ import datetime
 import json
 import sys
 
+from app.cli.fit import show_fit
 from app.cli.terminal import StatusLine, bar, can_ask, confirm, human_bytes, table
 from app.errors import GryphonError
 from app.library import embedded
@@ -112,6 +113,8 @@ def list_models(arguments: argparse.Namespace) -> int:
 
 def show(arguments: argparse.Namespace) -> int:
     """Print what a model is, from its files alone."""
+    if arguments.fit:
+        return show_fit(find_model(arguments.name, allow_path=True), as_json=arguments.json)
     details = describe(find_model(arguments.name, allow_path=True))
     model = details.model
     if arguments.json:

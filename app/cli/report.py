@@ -55,6 +55,8 @@ def _describe(status: EngineStatus) -> str:
         ("memory", f"{human_bytes(status.weight_bytes)} weights, "
          f"{human_bytes(status.state_bytes)} state, {human_bytes(status.prefix_bytes)} kept for "
          f"later requests, {human_bytes(status.active_bytes)} in all"),
+        ("budget", f"{human_bytes(_used(status))} of {human_bytes(status.budget_bytes)} used, "
+         f"{human_bytes(status.footprint_bytes)} resident in the process"),
         ("context", context if status.model else "-"),
         ("device", f"{status.device}: {status.backend_note}"),
         ("engine", f"process {status.pid}, up {status.uptime_s:.0f} s, gryphon {status.gryphon}"),
@@ -87,6 +89,12 @@ def _table(requests: list[RequestStatus]) -> list[str]:
         for row in cells
     ]
     return ["", *lines]
+
+
+def _used(status: EngineStatus) -> int:
+    """What counts against the engine's memory budget."""
+    held = status.weight_bytes + status.state_bytes + status.prefix_bytes
+    return held + status.scratch_bytes
 
 
 def doctor(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from app.engine.batch import Row
 from app.engine.prefix_cache import PrefixCache
 from app.engine.protocol import Accepted
 from app.engine.resident import ResidentModel
+from app.engine.room import Room
 from app.engine.sampling import NEVER, RowGenerator, RowSampling
 from app.engine.speculation import check_speculation
 from app.engine.state_leaves import always_trimmable
@@ -27,12 +28,17 @@ _CHUNKS_PER_MARK = 4
 
 
 def admit(
-    row: Row, resident: ResidentModel, prefixes: PrefixCache | None, *, others_wait: bool
+    row: Row,
+    resident: ResidentModel,
+    prefixes: PrefixCache | None,
+    room: Room,
+    *,
+    others_wait: bool,
 ) -> None:
     """Make a row ready for its prefill and tell who asked, or fail it with what is wrong."""
     try:
-        _check_prompt(row, resident)
-        row.max_tokens = _room(row, resident)
+        check_prompt(row, resident)
+        row.max_tokens, notice = _most_tokens(row, resident, room)
         _check_sampling(row, resident)
         check_speculation(row, resident)
     except GryphonError as error:
@@ -61,11 +67,17 @@ def admit(
     row.marks = _marks(row) if prefixes is not None else deque()
     loaded.begin_prompt(row.caches, len(row.prompt))
     row.admitted_s = time.monotonic()
-    limit = loaded.context_length
-    row.emit(Accepted(request.id, len(row.prompt), row.cached, limit, row.notice))
+    context = least_of(loaded.context_length, room.context)
+    notice = " ".join(filter(None, [row.notice, notice]))
+    row.emit(Accepted(request.id, len(row.prompt), row.cached, context, notice))
 
 
-def _check_prompt(row: Row, resident: ResidentModel) -> None:
+def check_prompt(row: Row, resident: ResidentModel) -> None:
+    """Refuse a prompt that the model cannot read.
+
+    Raises:
+        GryphonError: "context_length_exceeded", or "invalid_request".
+    """
     name, limit = resident.ref.name, resident.loaded.context_length
     if limit is not None and len(row.prompt) >= limit:
         raise GryphonError(
@@ -81,13 +93,22 @@ def _check_prompt(row: Row, resident: ResidentModel) -> None:
         )
 
 
-def _room(row: Row, resident: ResidentModel) -> int:
-    """How many tokens the answer may have."""
+def least_of(*limits: int | None) -> int | None:
+    """The lowest of some limits; None where there is none."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _most_tokens(row: Row, resident: ResidentModel, room: Room) -> tuple[int, str]:
+    """How many tokens the answer may have, and what to say if memory is why not more."""
     limit, asked = resident.loaded.context_length, row.generation.max_tokens
-    if limit is None:
-        return asked or DEFAULT_MAX_TOKENS
-    room = limit - len(row.prompt)
-    return min(asked or room, room)
+    most = asked or DEFAULT_MAX_TOKENS
+    if limit is not None:
+        left = limit - len(row.prompt)
+        most = min(asked or left, left)
+    if room.context is None or most <= room.context - len(row.prompt):
+        return most, ""
+    notice = f"There is memory for {room.context} tokens of prompt and answer together."
+    return room.context - len(row.prompt), notice
 
 
 def _check_sampling(row: Row, resident: ResidentModel) -> None:

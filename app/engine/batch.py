@@ -64,6 +64,8 @@ class Row:
     announced_wait: bool = False
     is_forgotten: bool = False
     """Nothing of it may be kept for other requests any more."""
+    waits_for_memory_s: float = 0.0
+    """Since when; 0 if it does not."""
 
     # Set at admission.
     caches: list[Any] = field(default_factory=list)

@@ -173,6 +173,12 @@ class PrefixCache:
         while self.nbytes > self.budget_bytes or self._count > MAX_ENTRIES:
             self._evict(newest=node)
 
+    def shed(self, nbytes: int) -> None:
+        """Drop the least valuable entries until that many bytes are freed or nothing is left."""
+        target = max(0, self.nbytes - nbytes)
+        while self.nbytes > target:
+            self._evict()
+
     # The disk.
 
     def save_next(self) -> bool:
@@ -262,7 +268,7 @@ class PrefixCache:
         mx.async_eval(node.entry.arrays())
         self._take(node.entry)
 
-    def _evict(self, newest: Node[Entry]) -> None:
+    def _evict(self, newest: Node[Entry] | None = None) -> None:
         """Drop the least valuable entry but the newest, which nothing could use yet."""
         others = (node for node in self._tree.root.subtree() if node is not newest)
         value, node = min(((self._value(node), node) for node in others), key=lambda pair: pair[0])

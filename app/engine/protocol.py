@@ -9,6 +9,7 @@ No MLX here, nor anything that imports it.
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -170,6 +171,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     chat: str = ""
     """The chat that the words belong to, an id of the client's choice: what the engine keeps of
     them goes with `ForgetChat`. Empty: what is kept goes by age and size alone."""
+    keep_alive_s: float | None = None
+    """Seconds the model stays in memory after this request, if no other follows: 0 unloads it at
+    once, a negative number or infinity never. None: as GRYPHON_KEEP_ALIVE says."""
 
 
 MAX_STOP_STRINGS = 16
@@ -239,6 +243,7 @@ def check_request(request: GenerationRequest) -> None:
     if request.constraint is not None:
         check_constraint(request.constraint)
     check_chat(request.chat)
+    check_keep_alive(request)
     check_sampling(request.sampling)
     _check_speculation(request.speculation)
     _check_alone(request)
@@ -347,12 +352,24 @@ class LoadModel(msgspec.Struct, frozen=True, tag="load"):
 
     id: str
     model: ModelRef
+    keep_alive_s: float | None = None
+    """As in `GenerationRequest`."""
 
 
 class GetStatus(msgspec.Struct, frozen=True, tag="status"):
     """Ask for one `EngineStatus`. Answered at once, whatever the engine is computing."""
 
     id: str
+
+
+def check_keep_alive(request: GenerationRequest | LoadModel) -> None:
+    """Refuse what is no time.
+
+    Raises:
+        GryphonError: "invalid_request".
+    """
+    if request.keep_alive_s is not None and math.isnan(request.keep_alive_s):
+        raise GryphonError("invalid_request", "keep_alive_s must be a number of seconds, got nan.")
 
 
 class ForgetChat(msgspec.Struct, frozen=True, tag="forget"):
@@ -555,8 +572,16 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="engine_status
     """Key/value and recurrent state of the running rows."""
     prefix_bytes: int = 0
     """The same of earlier prompts and answers, kept so that others continue from them."""
+    scratch_bytes: int = 0
+    """Set aside for computing the running rows' next tokens."""
     active_bytes: int
     """What MLX holds in all."""
+    cache_bytes: int = 0
+    """Freed buffers that MLX keeps for later, on top of that."""
+    footprint_bytes: int = 0
+    """Resident memory of the engine process: Python and its libraries too."""
+    budget_bytes: int = 0
+    """What weights, states, prefix cache and scratch may take together at present."""
     running: int
     queued: int
     uptime_s: float

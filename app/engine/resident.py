@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import gc
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 import mlxmodels
-from app.engine import kernels
+from app.engine import kernels, memory
 from app.engine.fingerprint import weights_on_disk
-from app.engine.memory import plan_load
 from app.engine.protocol import ModelRef, Sampling
 from app.engine.sampling import recommended_sampling
 from app.errors import GryphonError
 from mlxmodels.adapters import with_adapter
+from mlxmodels.footprint import Footprint
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +29,7 @@ class ResidentModel:
 
     Attributes:
         recommended: The sampling its generation_config.json recommends.
+        footprint: What it and the rows it answers take.
         note: How its weights are held and what the settings changed, for people.
         weight_files: What identified the files just before they were read.
     """
@@ -38,6 +37,7 @@ class ResidentModel:
     ref: ModelRef
     loaded: mlxmodels.LoadedModel
     recommended: Sampling
+    footprint: Footprint
     note: str
     weight_files: list[tuple[object, ...]] = field(default_factory=list)
 
@@ -51,26 +51,55 @@ class ResidentModel:
         return int(self.loaded.config.get("vocab_size") or self.loaded.tokenizer.vocab_size)
 
 
-def load_resident(ref: ModelRef, progress: Callable[[int, int], None]) -> ResidentModel:
+def plan_resident(
+    ref: ModelRef, budget: memory.MemoryBudget, *, beside_bytes: int = 0
+) -> memory.LoadPlan:
+    """Decide how a model will be held, from its files' headers.
+
+    Args:
+        beside_bytes: What stays in memory beside it.
+
+    Raises:
+        GryphonError: "does_not_fit" with the arithmetic, or "invalid_model".
+    """
+    with _refused_by_name(ref):
+        return memory.plan_load(Path(ref.path), budget, beside_bytes=beside_bytes)
+
+
+def load_resident(
+    ref: ModelRef, plan: memory.LoadPlan, progress: Callable[[int, int], None]
+) -> ResidentModel:
     """Bring a model into memory.
 
     Args:
         ref: Which one; its directory was resolved by the library.
+        plan: How to hold it.
         progress: Called with bytes done and bytes in all.
 
     Raises:
-        GryphonError: "does_not_fit" with the arithmetic, "invalid_model", or "no_apple_gpu".
+        GryphonError: "invalid_model", or "no_apple_gpu".
     """
-    try:
+    with _refused_by_name(ref):
         chosen = kernels.choose_backend()
-        plan = plan_load(Path(ref.path))
         files = weights_on_disk(ref)
-        progress(0, plan.file_bytes)
+        total = plan.footprint.stored_bytes
+        progress(0, total)
         loaded = mlxmodels.load(ref.path, dtype=plan.dtype)
         if ref.adapter:
             loaded = with_adapter(loaded, ref.adapter)
         recommended = recommended_sampling(_generation_config(Path(ref.path)))
-        progress(plan.file_bytes, plan.file_bytes)
+        footprint = plan.footprint
+        if mlxmodels.supported(loaded.family) != "native":
+            footprint = memory.measured(footprint, loaded.model, loaded.make_cache())
+        progress(total, total)
+    note = f"{plan.note}, {chosen}" if chosen else plan.note
+    return ResidentModel(ref, loaded, recommended, footprint, note, files)
+
+
+@contextlib.contextmanager
+def _refused_by_name(ref: ModelRef) -> Iterator[None]:
+    try:
+        yield
     except GryphonError:
         raise
     except mlxmodels.ModelError as error:
@@ -82,8 +111,6 @@ def load_resident(ref: ModelRef, progress: Callable[[int, int], None]) -> Reside
             f"{ref.name} cannot be loaded ({type(error).__name__}: {error}). If its files are "
             "complete, this build of it is not supported.",
         ) from error
-    note = f"{plan.note}, {chosen}" if chosen else plan.note
-    return ResidentModel(ref, loaded, recommended, note, files)
 
 
 def _generation_config(path: Path) -> dict[str, Any]:
@@ -93,9 +120,3 @@ def _generation_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def release_memory() -> None:
-    """Give back what an unloaded model held; call it once nothing refers to the model."""
-    gc.collect()
-    mx.clear_cache()

@@ -22,8 +22,10 @@ the longest of them that its prompt begins with.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import math
 import queue
 import threading
 import time
@@ -34,13 +36,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from app.engine import kernels
-from app.engine.admission import PREFILL_CHUNK, admit
+from app.engine import kernels, memory
+from app.engine.admission import PREFILL_CHUNK, admit, check_prompt, least_of
 from app.engine.answer import NOTHING
 from app.engine.batch import Batch, Emit, Launch, Row
 from app.engine.constrained import allowed_tokens
+from app.engine.keep_alive import KeepAlive
 from app.engine.ledger import line
-from app.engine.memory import available_bytes
 from app.engine.prefix_cache import PrefixCache
 from app.engine.prefix_files import PrefixFiles, not_forgotten
 from app.engine.protocol import (
@@ -53,7 +55,8 @@ from app.engine.protocol import (
     Token,
     TokenLogprob,
 )
-from app.engine.resident import ResidentModel, load_resident, release_memory
+from app.engine.resident import ResidentModel, load_resident, plan_resident
+from app.engine.room import Room, ended_early
 from app.engine.speculation import Lane, Lanes
 from app.engine.spill import Spill
 from app.engine.state_leaves import can_keep
@@ -79,7 +82,10 @@ class Snapshot:
     weight_bytes: int = 0
     state_bytes: int = 0
     prefix_bytes: int = 0
+    scratch_bytes: int = 0
     active_bytes: int = 0
+    cache_bytes: int = 0
+    budget_bytes: int = 0
     running: int = 0
     queued: int = 0
     context_length: int | None = None
@@ -96,10 +102,17 @@ class Scheduler:
         prefix_cache_bytes: Memory for states kept for later requests, 0 keeps none; None takes a
             tenth of what is available once a model is loaded, at most 2 GiB.
         prefix_files: Where they are kept over a restart; None for nowhere.
+        memory_bytes: Caps the memory budget; None is what the machine has.
+        keep_alive_s: How long a model stays after its last request; negative or infinite: for ever.
     """
 
     def __init__(
-        self, prefix_cache_bytes: int | None = 0, prefix_files: PrefixFiles | None = None
+        self,
+        prefix_cache_bytes: int | None = 0,
+        prefix_files: PrefixFiles | None = None,
+        *,
+        memory_bytes: int | None = None,
+        keep_alive_s: float = math.inf,
     ) -> None:
         self.snapshot = Snapshot()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -113,6 +126,9 @@ class Scheduler:
         self._prefix_cache_bytes = prefix_cache_bytes
         self._prefix_files = prefix_files
         self._prefixes: PrefixCache | None = None
+        self._budget = memory.MemoryBudget(memory_bytes)
+        self._room: Room | None = None
+        self._keep_alive = KeepAlive(keep_alive_s)
         self._outbox: list[tuple[Emit, Event]] = []
         self.model_loads = 0
         """Models made resident so far; any thread may read it."""
@@ -153,8 +169,11 @@ class Scheduler:
     def run(self) -> None:
         """Work until `stop`."""
         while not self._stopping.is_set():
-            idle = not (self._queue or self._holds_state)
-            self._take_inbox(block=idle)
+            if self._queue or self._holds_state:
+                self._keep_alive.used()
+                self._take_inbox(wait_s=0.0)
+            else:
+                self._rest()
             self._admit()
             if self._prefilling is not None:
                 self._guarded(self._prefill_chunk, [self._prefilling])
@@ -172,37 +191,49 @@ class Scheduler:
         return len(self._batch.rows) + len(self._lanes) + (self._prefilling is not None)
 
     @property
-    def _running(self) -> Counter[str]:
-        """How many rows of each client are being prefilled or decoded."""
+    def _running(self) -> list[Row]:
+        """Rows being prefilled or decoded, in the order in which they began."""
         rows = [*self._batch.rows, *self._lanes.rows]
         if self._prefilling is not None:
             rows.append(self._prefilling)
-        return Counter(row.client for row in rows)
+        return sorted(rows, key=lambda row: row.admitted_s)
+
+    @property
+    def _running_of(self) -> Counter[str]:
+        """How many of them are each client's."""
+        return Counter(row.client for row in self._running)
 
     @property
     def _holds_state(self) -> bool:
         return bool(self._active) or self._in_flight is not None
 
-    def _take_inbox(self, *, block: bool) -> None:
+    def _rest(self) -> None:
+        """Wait for something to do. Meanwhile what is kept goes to the disk, and then the model's
+        time may run out."""
+        mx.clear_cache()
+        wait_s = self._keep_alive.remaining_s() if self._resident else None
+        if self._prefixes is not None:
+            if self._take_inbox(wait_s=_QUIET_S if wait_s is None else min(_QUIET_S, wait_s)):
+                return
+            while self._prefixes.save_next():
+                if self._take_inbox(wait_s=0.0):
+                    return
+            wait_s = self._keep_alive.remaining_s()
+        self._take_inbox(wait_s=wait_s)
+        if self._resident and not self._queue and self._keep_alive.remaining_s() == 0:
+            self._unload()
+
+    def _take_inbox(self, *, wait_s: float | None) -> bool:
+        """Do what other threads have asked for, after waiting for the first of it; whether there
+        was any."""
         try:
-            if block:
-                self._wait_for_call()()
+            self._inbox.get(timeout=wait_s)()
+        except queue.Empty:
+            return False
+        with contextlib.suppress(queue.Empty):
             while True:
                 self._inbox.get(block=False)()
-        except queue.Empty:
-            pass
-
-    def _wait_for_call(self) -> Callable[[], None]:
-        """The next call from another thread; while none comes, what is kept goes to the disk."""
-        wait_s = _QUIET_S
-        while self._prefixes is not None:
-            try:
-                return self._inbox.get(timeout=wait_s)
-            except queue.Empty:
-                wait_s = 0
-                if not self._prefixes.save_next():
-                    break
-        return self._inbox.get()
+        return True
 
     def _guarded(self, work: Callable[[], None], rows: Iterable[Row]) -> None:
         """Run one piece of work; whatever it raises ends the rows it was for, and only those."""
@@ -274,9 +305,10 @@ class Scheduler:
 
     def _keep(self, row: Row, states: list[Any]) -> None:
         """Keep a row's states for other requests; a failure costs time, not answers."""
-        if self._prefixes is None or row.is_forgotten:
+        if self._prefixes is None or self._room is None or row.is_forgotten:
             return
         try:
+            self._room.limit_prefixes(self._running)
             self._prefixes.insert(row.fed, states, row.generation.chat)
         except Exception:
             logger.exception("keeping states failed")
@@ -310,7 +342,7 @@ class Scheduler:
         if not self._queue or self._prefilling is not None:
             return
         ref = self._resident.ref if self._resident is not None else None
-        row = self._queue.next(ref, self._running)
+        row = self._queue.next(ref, self._running_of)
         if row.request.model != ref:
             if self._holds_state:
                 self._announce_wait(row)
@@ -319,16 +351,34 @@ class Scheduler:
                 return
         if isinstance(row.request, LoadModel):
             self._queue.admit(row)
+            self._keep_alive.asked(row.request.keep_alive_s)
             row.finish("stop")
         elif draft := self._lanes.missing_draft(row):
             if self._holds_state:
                 self._announce_wait(row)
             else:
-                self._queue.admit(row)
                 self._guarded(functools.partial(self._load_draft, row, draft), [row])
+                if row.done:
+                    self._queue.remove(row)
         elif self._active < (MAX_ROWS if self._resident and self._resident.can_batch else 1):
-            self._queue.admit(row)
-            self._guarded(lambda: self._begin(row), [row])
+            if self._has_memory_for(row):
+                self._queue.admit(row)
+                self._guarded(lambda: self._begin(row), [row])
+            elif row.done:
+                self._queue.remove(row)
+
+    def _has_memory_for(self, row: Row) -> bool:
+        """Whether a row may begin; a row that never may, or has waited too long, is failed."""
+        assert self._resident is not None and self._room is not None
+        try:
+            if not row.waits_for_memory_s:
+                check_prompt(row, self._resident)
+            if self._room.admits(row, self._running):
+                return True
+            self._room.wait(row)
+        except GryphonError as error:
+            row.fail(error.code, error.message, error.retry_after)
+        return False
 
     def _announce_wait(self, row: Row) -> None:
         if not row.announced_wait and self._resident is not None:
@@ -339,43 +389,55 @@ class Scheduler:
     def _change_model(self, row: Row) -> bool:
         """Make the model of `row` resident, or fail everyone who waits for that model."""
         ref = row.request.model
-        self._save_prefixes(_SAVE_S)
-        self._log_unload()
-        self._resident = None
-        self._prefixes = None
-        self._batch = Batch()
-        self._lanes = Lanes()
-        release_memory()
-        self.snapshot = Snapshot(model=ref, state="loading", queued=len(self._queue))
-
         started = time.monotonic()
         try:
-            self._resident = load_resident(ref, self._load_progress(row, ref))
+            plan = plan_resident(ref, self._budget)  # or else what is loaded stays
+            self._unload()
+            self.snapshot = Snapshot(model=ref, state="loading", queued=len(self._queue))
+            resident = load_resident(ref, plan, self._load_progress(row, ref))
         except GryphonError as error:
-            release_memory()
+            memory.release()
             logger.info(line("load failed", model=ref.name, code=error.code))
             for waiting in [row for row in self._queue if row.request.model == ref]:
                 self._queue.remove(waiting)
-                waiting.fail(error.code, error.message)
+                waiting.fail(error.code, error.message, error.retry_after)
             return False
-        load_s = time.monotonic() - started
+        self._resident = resident
+        load_s, held = time.monotonic() - started, resident.loaded.nbytes
         self._queue.begin_turn(load_s)
         self.model_loads += 1
-        weight_bytes = self._resident.loaded.nbytes
-        logger.info(line("loaded", model=ref.name, seconds=load_s, weight_bytes=weight_bytes))
-        self._prefixes = self._new_prefix_cache(self._resident)
+        logger.info(line("loaded", model=ref.name, seconds=load_s, weight_bytes=held))
+        chunk = PREFILL_CHUNK[mx.default_device().type]
+        memory.limit_mlx(resident.footprint, chunk)
+        self._prefixes = self._new_prefix_cache(resident)
+        self._room = Room(self._budget, resident.footprint, ref.name, held, self._prefixes, chunk)
         return True
 
+    def _unload(self) -> None:
+        """Save what was kept for the model, forget both, and give the memory back."""
+        self._save_prefixes(_SAVE_S)
+        if self._resident is not None:
+            logger.info(line("unloaded", model=self._resident.ref.name))
+        self._resident = None
+        self._prefixes = None
+        self._room = None
+        self._batch = Batch()
+        self._lanes = Lanes()
+        memory.release()
+
     def _load_draft(self, row: Row, ref: ModelRef) -> None:
-        """Make the draft model of `row` resident too and begin the row, or fail it."""
-        assert self._resident is not None
+        """Make the draft model of `row` resident too; the row begins once there is room for both,
+        or fails."""
+        assert self._resident is not None and self._room is not None
+        self._room.hold_draft(None)
         try:
-            self._lanes.load_draft(ref, self._resident, self._load_progress(row, ref))
+            progress = self._load_progress(row, ref)
+            self._lanes.load_draft(ref, self._resident, self._budget, progress)
         except GryphonError as error:
-            release_memory()
-            row.fail(error.code, error.message)
+            memory.release()
+            row.fail(error.code, error.message, error.retry_after)
         else:
-            self._begin(row)
+            self._room.hold_draft(self._lanes.draft)
 
     def _load_progress(self, row: Row, ref: ModelRef) -> Callable[[int, int], None]:
         def progress(done: int, total: int) -> None:
@@ -383,10 +445,6 @@ class Scheduler:
             self._send_events()  # the turn will not end for a while
 
         return progress
-
-    def _log_unload(self) -> None:
-        if self._resident is not None:
-            logger.info(line("unloaded", model=self._resident.ref.name))
 
     def _new_prefix_cache(self, resident: ResidentModel) -> PrefixCache | None:
         """None where nothing may be kept."""
@@ -396,7 +454,8 @@ class Scheduler:
             return None
         budget = self._prefix_cache_bytes
         if budget is None:
-            budget = min(available_bytes() // 10, _MAX_PREFIX_BYTES)
+            left = self._budget.now_bytes() - resident.loaded.nbytes
+            budget = max(0, min(left // 10, _MAX_PREFIX_BYTES))
         if not budget or not can_keep(resident.loaded.make_cache()):
             return None
         files = self._prefix_files
@@ -404,21 +463,36 @@ class Scheduler:
 
     def _begin(self, row: Row) -> None:
         """Start a row's prefill."""
-        assert self._resident is not None
-        admit(
-            row, self._resident, self._prefixes, others_wait=bool(self._batch.rows or self._lanes)
-        )
+        assert self._resident is not None and self._room is not None
+        self._keep_alive.asked(row.generation.keep_alive_s)
+        others_wait = bool(self._batch.rows or self._lanes)
+        admit(row, self._resident, self._prefixes, self._room, others_wait=others_wait)
         if not row.done:
             self._lanes.open(row, self._resident)
             self._prefilling = row
 
+    def _end_newest(self) -> None:
+        """End a row for lack of memory, so that the others can go on."""
+        rows = self._running
+        newest = rows[-1]
+        error = ended_early(newest, len(rows))
+        newest.fail(error.code, error.message, error.retry_after)
+        newest.caches = []
+        if newest is self._prefilling:
+            self._prefilling = None
+        self._lanes.leave()
+        self._batch.drop(lambda row: row.done)
+
     # Prefill and decode.
 
     def _prefill_chunk(self) -> None:
-        row, resident = self._prefilling, self._resident
-        assert row is not None and resident is not None
+        row, resident, memory_room = self._prefilling, self._resident, self._room
+        assert row is not None and resident is not None and memory_room is not None
         total = len(row.prompt) - 1
-        size = room = PREFILL_CHUNK[mx.default_device().type]
+        size = room = memory_room.step(self._running)
+        if not size:
+            self._end_newest()
+            return
         while room and row.processed < total:
             stop = min(row.processed + room, total, *list(row.marks)[:1])
             chunk = row.prompt[row.processed : stop]
@@ -444,10 +518,17 @@ class Scheduler:
             self._lanes.enter(row.lane)
         else:
             self._batch.join(row)
+        mx.clear_cache()  # what a chunk computes in fits nothing that decoding does
+
+    def _make_room(self) -> None:
+        """See to it that the rows that decode may feed another token each."""
+        while self._room is not None and not self._room.can_grow(self._running):
+            self._end_newest()
 
     def _decode(self) -> None:
         # A row whose last allowed token is already being computed feeds nothing more.
         self._drop(lambda row: row.launched >= row.max_tokens)
+        self._make_room()
         launch = None
         if self._batch.rows:
             assert self._resident is not None
@@ -462,7 +543,9 @@ class Scheduler:
         self._drop(lambda row: row.done)
 
     def _speculate(self, lane: Lane) -> None:
-        lane.step(self._deliver)
+        self._make_room()
+        if not lane.row.done:
+            lane.step(self._deliver)
         self._close_lanes()
 
     def _close_lanes(self) -> None:
@@ -518,7 +601,7 @@ class Scheduler:
     def _end_turn(self) -> None:
         """Events go out after the snapshot that includes what they tell."""
         ref = self._resident.ref if self._resident is not None else None
-        self._queue.tell_positions(ref, self._running, int(self._prefilling is not None))
+        self._queue.tell_positions(ref, self._running_of, int(self._prefilling is not None))
         self._publish()
         self._send_events()
 
@@ -530,17 +613,29 @@ class Scheduler:
     def _publish(self) -> None:
         resident = self._resident
         if resident is None:
-            self.snapshot = Snapshot(active_bytes=mx.get_active_memory(), queued=len(self._queue))
+            self.snapshot = Snapshot(
+                active_bytes=mx.get_active_memory(),
+                cache_bytes=mx.get_cache_memory(),
+                budget_bytes=self._budget.now_bytes(),
+                queued=len(self._queue),
+            )
             return
+        reading = self._prefilling.caches if self._prefilling is not None else []
+        reading_bytes = sum(int(state.nbytes) for state in reading)
         self.snapshot = Snapshot(
             model=resident.ref,
             state="ready",
             weight_bytes=resident.loaded.nbytes + self._lanes.weight_bytes,
-            state_bytes=self._batch.nbytes + self._lanes.state_bytes,
+            state_bytes=self._batch.nbytes + self._lanes.state_bytes + reading_bytes,
             prefix_bytes=self._prefixes.nbytes if self._prefixes is not None else 0,
+            scratch_bytes=self._room.scratch_bytes(self._running) if self._room else 0,
             active_bytes=mx.get_active_memory(),
+            cache_bytes=mx.get_cache_memory(),
+            budget_bytes=self._budget.now_bytes(),
             running=self._active,
             queued=len(self._queue),
-            context_length=resident.loaded.context_length,
+            context_length=least_of(
+                resident.loaded.context_length, self._room.context if self._room else None
+            ),
             note=", ".join([resident.note, *kernels.faults()]),
         )

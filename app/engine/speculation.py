@@ -21,12 +21,14 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from app.engine import memory
 from app.engine.batch import Launch, Row
 from app.engine.drafting import Drafter, LookupDrafter, ModelDrafter, check_same_vocabulary
+from app.engine.memory import MemoryBudget
 from app.engine.penalties import Penalties
 from app.engine.preparation import shared_length
 from app.engine.protocol import DraftModel, ModelRef, PromptLookup
-from app.engine.resident import ResidentModel, load_resident, release_memory
+from app.engine.resident import ResidentModel, load_resident, plan_resident
 from app.engine.rollback import Checkpoint, trimmed
 from app.engine.sampling import BatchSampling, RowSampling, sample
 from app.engine.state_leaves import can_keep
@@ -208,7 +210,11 @@ class Lanes:
         return None if is_here else speculation.model
 
     def load_draft(
-        self, ref: ModelRef, target: ResidentModel, progress: Callable[[int, int], None]
+        self,
+        ref: ModelRef,
+        target: ResidentModel,
+        budget: MemoryBudget,
+        progress: Callable[[int, int], None],
     ) -> None:
         """Bring a draft model into memory beside the other, in place of the one before.
 
@@ -217,8 +223,9 @@ class Lanes:
         """
         check_same_vocabulary(target, ref)
         self.draft = None
-        release_memory()
-        draft = load_resident(ref, progress)
+        memory.release()
+        plan = plan_resident(ref, budget, beside_bytes=target.loaded.nbytes)
+        draft = load_resident(ref, plan, progress)
         _check_rollback(draft)
         self.draft = draft
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import psutil
 
 import app
 from app import paths
@@ -47,6 +48,7 @@ from app.engine.protocol import (
     Usage,
     Welcome,
     check_chat,
+    check_keep_alive,
     check_request,
     encode_frame,
     read_command,
@@ -111,7 +113,7 @@ class Connection:
                 else:
                     self._engine.ledger.began(self.name, command)
                     if isinstance(command, LoadModel):
-                        self._submit(command, _NO_PROMPT)
+                        self._load(command)
                     else:
                         self._start(command)
         except asyncio.IncompleteReadError:
@@ -122,6 +124,14 @@ class Connection:
             for request_id in [*self._tasks, *self.rows]:
                 self._cancel(request_id)
             self._writer.close()
+
+    def _load(self, request: LoadModel) -> None:
+        try:
+            check_keep_alive(request)
+        except GryphonError as error:
+            self.send(Failed(request.id, error.code, error.message))
+        else:
+            self._submit(request, _NO_PROMPT)
 
     def _start(self, request: GenerationRequest) -> None:
         def ended(task: asyncio.Task[None]) -> None:
@@ -230,7 +240,7 @@ class Engine:
         if isinstance(event, (Finished, Failed)):
             connection.rows.pop(event.id, None)
         if isinstance(event, Accepted) and self._backend.kind == "reference":
-            notice = "; ".join(filter(None, [event.notice, self._backend.note]))
+            notice = " ".join(filter(None, [self._backend.note, event.notice]))
             event = msgspec.structs.replace(event, notice=notice)
         connection.send(event)
 
@@ -257,7 +267,11 @@ class Engine:
             weight_bytes=view.weight_bytes,
             state_bytes=view.state_bytes,
             prefix_bytes=view.prefix_bytes,
+            scratch_bytes=view.scratch_bytes,
             active_bytes=view.active_bytes,
+            cache_bytes=view.cache_bytes,
+            footprint_bytes=psutil.Process().memory_info().rss,
+            budget_bytes=view.budget_bytes,
             running=view.running,
             queued=view.queued,
             uptime_s=time.monotonic() - self._started,
@@ -293,9 +307,9 @@ def _outlive_nobody(alive_fd: int, engine: Engine) -> None:
     os._exit(0)
 
 
-def _prefix_files(memory_bytes: int | None) -> PrefixFiles | None:
+def _prefix_files(settings: Settings) -> PrefixFiles | None:
     """Where states are kept over a restart; what an earlier engine left unfinished is removed."""
-    disk_bytes = 0 if memory_bytes == 0 else Settings.from_environment().prefix_disk_bytes
+    disk_bytes = 0 if settings.prefix_cache_bytes == 0 else settings.prefix_disk_bytes
     try:
         files = PrefixFiles(paths.prefix_dir(), disk_bytes)
         files.clean()
@@ -310,8 +324,13 @@ async def _serve(socket_path: Path, alive_fd: int, backend: blas.Blas) -> None:
 
     from app.engine.scheduler import Scheduler
 
-    memory_bytes = Settings.from_environment().prefix_cache_bytes
-    scheduler = Scheduler(memory_bytes, _prefix_files(memory_bytes))
+    settings = Settings.from_environment()
+    scheduler = Scheduler(
+        settings.prefix_cache_bytes,
+        _prefix_files(settings),
+        memory_bytes=settings.memory_bytes,
+        keep_alive_s=settings.keep_alive_s,
+    )
     device = "Apple GPU" if mx.default_device() == mx.Device(mx.DeviceType.gpu) else "CPU"
     engine = Engine(backend, device, scheduler)
     threading.Thread(target=_run, args=[scheduler], name="mlx", daemon=True).start()

@@ -15,6 +15,7 @@ import pytest
 
 from app.cli import report
 from app.engine.protocol import RequestStatus
+from mlxmodels.footprint import footprint
 
 from ..tiny_models import (
     OPEN_LLAMA,
@@ -355,6 +356,37 @@ def test_forget_drops_what_was_kept_and_no_chat(tiny: Path, home: Path) -> None:
     assert cached_tokens() == 0
 
 
+def test_show_fit_is_the_arithmetic(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = footprint(tiny, expand=sys.platform != "darwin", on_gpu=sys.platform == "darwin")
+    done = gryphon("show", "tiny", "--fit", "--json")
+    shown = json.loads(done.stdout)
+    assert (done.returncode, shown["verdict"], shown["limited_by"]) == (0, "fits", "model")
+    assert shown["largest_context"] == 512
+    assert shown["weight_bytes"] == taken.weight_bytes
+    assert shown["state_bytes"] == {"512": taken.state_bytes(512)}
+    for budget, verdict in ((taken.least_bytes, "memory sets"), (1000, "does not fit")):
+        monkeypatch.setenv("GRYPHON_MEMORY_BYTES", str(budget))
+        done = gryphon("show", "tiny", "--fit")
+        assert done.returncode == ("not" in verdict)
+        for term in ("weights", "state at 512", "computing", "GRYPHON_MEMORY_BYTES", verdict):
+            assert term in done.stdout or ("state" in term and "not" in verdict), term
+
+
+def test_show_fit_knows_models_without_a_limit(home: Path) -> None:
+    write_model(home / "data" / "models" / "griffin", RECURRENT_GEMMA)
+    shown = json.loads(gryphon("show", "griffin", "--fit", "--json").stdout)
+    assert shown["largest_context"] is None and shown["bytes_per_token"] == 0
+    assert len(set(shown["state_bytes"].values())) == 1 < len(shown["state_bytes"])
+    assert "a context of any length" in gryphon("show", "griffin", "--fit").stdout
+
+
+def test_show_fit_uses_the_budget_of_the_engine_that_runs(endless: None) -> None:
+    budget = json.loads(gryphon("ps", "--json").stdout)["budget_bytes"]
+    shown = json.loads(gryphon("show", "endless", "--fit", "--json").stdout)
+    assert shown["budget_source"] == "what the running engine has"
+    assert shown["budget_bytes"] == pytest.approx(budget, rel=0.2)
+
+
 @pytest.fixture
 def endless(home: Path) -> Iterator[None]:
     """Another gryphon that answers for longer than any test: "endless" has no context limit."""
@@ -382,8 +414,12 @@ def test_ps_shows_the_engine_of_another_gryphon(endless: None) -> None:
     assert (running["model"], running["phase"]) == ("endless", "decode")
     assert running["prompt_tokens"] > 0 and running["generated_tokens"] > 0
     assert status["counters"]["model_loads"] == 1
+    held = status["weight_bytes"] + status["state_bytes"] + status["scratch_bytes"]
+    assert 0 < held < status["active_bytes"] + status["scratch_bytes"] < status["budget_bytes"]
+    assert status["footprint_bytes"] > status["active_bytes"]
     shown = gryphon("ps").stdout
     assert "endless, ready" in shown and "kept for later requests" in shown
+    assert " used, " in shown
     heading, row = shown.splitlines()[-2:]
     assert heading.split()[:4] == ["request", "client", "model", "phase"]
     assert row.split()[0] == running["id"] and "decode" in row.split()

@@ -25,6 +25,7 @@ import pytest
 
 from app.engine import scheduler as scheduling
 from app.engine.batch import Row
+from app.engine.memory import MemoryBudget
 from app.engine.protocol import (
     Event,
     Failed,
@@ -34,7 +35,7 @@ from app.engine.protocol import (
     Sampling,
     Token,
 )
-from app.engine.resident import load_resident
+from app.engine.resident import load_resident, plan_resident
 from app.engine.scheduler import Scheduler
 
 from ..rounds import rounds
@@ -249,7 +250,8 @@ class Nudged:
 
 def is_near_tie(entry: Entry, expected: list[int], position: int, token: int) -> bool:
     """Whether the row alone may as well give this token after the ones before it."""
-    resident = load_resident(entry.request.model, lambda *_: None)
+    plan = plan_resident(entry.request.model, MemoryBudget())
+    resident = load_resident(entry.request.model, plan, lambda *_: None)
     for seed in range(12):
         nudged = dataclasses.replace(resident.loaded, model=Nudged(resident.loaded.model, seed))
         changed = dataclasses.replace(resident, loaded=nudged)

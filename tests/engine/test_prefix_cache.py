@@ -16,8 +16,8 @@ from mlx_lm.models import cache as zoo
 
 import mlxmodels
 from app.engine import prefix_cache, preparation
-from app.engine import scheduler as scheduling
 from app.engine.client import EngineClient
+from app.engine.memory import MemoryBudget
 from app.engine.prefix_cache import PrefixCache
 from app.engine.protocol import (
     Accepted,
@@ -26,6 +26,8 @@ from app.engine.protocol import (
     ModelRef,
     Sampling,
 )
+from app.engine.resident import load_resident, plan_resident
+from app.engine.scheduler import Scheduler
 from app.engine.state_leaves import can_keep
 from app.errors import GryphonError
 from app.settings import Settings
@@ -427,11 +429,12 @@ def test_without_a_setting_the_budget_is_a_tenth_of_what_is_left(
     available: int,
     budget: int | None,
 ) -> None:
-    monkeypatch.setattr(scheduling, "available_bytes", lambda: available)
-    with engine(checkpoints["open_llama"], None) as cached:
-        cached.ask(tokens_of(5))
-        prefixes = cached.scheduler._prefixes
-        assert (prefixes.budget_bytes if prefixes is not None else None) == budget
+    scheduler, model = Scheduler(None), checkpoints["open_llama"]
+    resident = load_resident(model, plan_resident(model, MemoryBudget()), lambda *_: None)
+    total = available + resident.loaded.nbytes
+    monkeypatch.setattr(MemoryBudget, "now_bytes", lambda self: total)
+    prefixes = scheduler._new_prefix_cache(resident)
+    assert (prefixes.budget_bytes if prefixes is not None else None) == budget
 
 
 @pytest.mark.parametrize(("text", "expected"), [("", None), ("0", 0), ("1048576", MIB)])

@@ -23,6 +23,7 @@ STATUS = {
     "invalid_sampling": 400,
     "template_error": 400,
     "invalid_model": 400,
+    "does_not_fit": 400,
     "model_not_found": 404,
     "model_busy": 503,
     "queue_full": 503,
