@@ -175,10 +175,12 @@ async def test_nothing_is_left_of_a_long_random_load(
     monkeypatch.setenv("GRYPHON_KEEP_ALIVE", "inf")
     load = Load(random.Random(SCALE), models)
     try:
-        await load.run(WARM_UP_SECONDS)
-        status = await load.unload()
-        process = psutil.Process(status.pid)
-        before = process.memory_info().rss
+        # Resident memory after an unload varies by 2 or 3 of 57 MB: the start is the most of a few.
+        before = 0
+        for _ in range(3):
+            await load.run(WARM_UP_SECONDS / 3)
+            process = psutil.Process((await load.unload()).pid)
+            before = max(before, process.memory_info().rss)
         await load.run(SECONDS)
         status = await load.status()
         deadline = time.monotonic() + 10
