@@ -162,8 +162,8 @@ class Result:
         return self.ratio is not None and self.goal is not None and self.ratio < self.goal
 
 
-def config_of(family: Family, size: str) -> dict[str, Any]:
-    config = SIZES[size] | {"model_type": family.model_type} | family.config
+def config_of(family: Family, size: dict[str, Any]) -> dict[str, Any]:
+    config = size | {"model_type": family.model_type} | family.config
     if family.model_type == "xglm":
         names = {
             "hidden_size": "d_model",
@@ -270,7 +270,7 @@ def measure(name: str, size: str, arguments: argparse.Namespace) -> list[Result]
         Disagreement: their logits differ.
     """
     family = FAMILIES[name]
-    config = config_of(family, size)
+    config = config_of(family, SIZES[size])
     ours = our_model(config, getattr(mx, arguments.dtype))
     models = {"ours": ours}
     prompt = mx.random.randint(0, config["vocab_size"], (1, PROMPT), key=mx.random.key(1))

@@ -2,9 +2,9 @@
 
 A request waits in a queue (`app.engine.waiting`), is prefilled alone in chunks, then joins the
 batch that decodes one token for all its rows at once. Between two decode steps at most one chunk of
-prefill runs, so no running row waits longer than that for a newcomer. The last prompt token is not
-prefilled: it is the row's first input to the batch, so every forward pass but those of prefill
-serves all rows.
+prefill runs, so no running row waits longer than that for a newcomer; several short prompts may
+share it, one after the other. The last prompt token is not prefilled: it is the row's first input to
+the batch, so every forward pass but those of prefill serves all rows.
 
 Decoding is one step ahead of reading: a step is launched with the tokens of the step before, still
 unread, and only then are those read, turned into text and sent. A row that turns out to have ended
@@ -175,8 +175,7 @@ class Scheduler:
             else:
                 self._rest()
             self._admit()
-            if self._prefilling is not None:
-                self._guarded(self._prefill_chunk, [self._prefilling])
+            self._prefill()
             if self._batch.rows or self._in_flight is not None:
                 in_flight = self._in_flight.rows if self._in_flight is not None else []
                 self._guarded(self._decode, [*self._batch.rows, *in_flight])
@@ -484,6 +483,23 @@ class Scheduler:
         self._batch.drop(lambda row: row.done)
 
     # Prefill and decode.
+
+    def _prefill(self) -> None:
+        """One chunk of one prompt, and whole short ones in what is left of the chunk's tokens.
+
+        A prompt is never divided for its neighbours' sake: it is computed as it would be alone.
+        """
+        room = PREFILL_CHUNK[mx.default_device().type]
+        while (row := self._prefilling) is not None:
+            before = row.processed
+            self._guarded(self._prefill_chunk, [row])
+            room -= row.processed - before
+            self._admit()
+            following = self._prefilling
+            if following is None or following is row:
+                return
+            if len(following.prompt) - 1 - following.processed > room:
+                return
 
     def _prefill_chunk(self) -> None:
         row, resident, memory_room = self._prefilling, self._resident, self._room

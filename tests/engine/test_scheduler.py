@@ -244,6 +244,30 @@ def test_one_chunk_at_most_is_computed_between_two_steps_however_many_prompts_wa
     )
 
 
+def test_short_prompts_share_a_chunk_and_one_that_does_not_fit_waits_whole(
+    checkpoints: dict[str, ModelRef],
+) -> None:
+    """Otherwise a burst of n requests costs n decode steps that are mostly empty."""
+    scheduler = Scheduler()
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    lengths = {"a": 40, "b": 40, "c": 41, "d": 40}
+    for id, length in lengths.items():  # all are there before the first turn
+        prompt = prompt_of(length)
+        model = checkpoints["open_llama"]
+        scheduler.submit(Row(request(model, id, max_tokens=4), events.put, prompt))
+    thread = threading.Thread(target=scheduler.run, daemon=True)
+    thread.start()
+    order = ""
+    ended = 0
+    while ended < len(lengths):
+        event = events.get(timeout=60)
+        order += event.id if isinstance(event, Token) else ""
+        ended += isinstance(event, (Finished, Failed))
+    scheduler.stop()
+    thread.join(timeout=60)
+    assert order == "abc" + "abcd" * 3 + "d"
+
+
 def test_finish_reasons_and_counts(harness: Harness, checkpoints: dict[str, ModelRef]) -> None:
     model = checkpoints["open_llama"]
     harness.submit(request(model, "length", max_tokens=3), prompt_of(4))
