@@ -3,8 +3,8 @@
 A request waits in a queue (`app.engine.waiting`), is prefilled alone in chunks, then joins the
 batch that decodes one token for all its rows at once. Between two decode steps at most one chunk of
 prefill runs, so no running row waits longer than that for a newcomer; several short prompts may
-share it, one after the other. The last prompt token is not prefilled: it is the row's first input to
-the batch, so every forward pass but those of prefill serves all rows.
+share it, one after the other. The last prompt token is not prefilled: it is the row's first input
+to the batch, so every forward pass but those of prefill serves all rows.
 
 Decoding is one step ahead of reading: a step is launched with the tokens of the step before, still
 unread, and only then are those read, turned into text and sent. A row that turns out to have ended
