@@ -47,7 +47,7 @@ class Fault:
     """How many answers it spoils; None is all of them."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
     """One answered request."""
 
@@ -59,7 +59,7 @@ class Request:
     """First byte asked for."""
     status: int
     sent: int
-    """Bytes of the body that were written."""
+    """Bytes of the body that were written so far."""
     authorization: str | None
 
 
@@ -202,10 +202,6 @@ class HubServer:
     def take_api_fault(self) -> Fault | None:
         with self._lock:
             return _take(self.api_faults, self.api_faults)
-
-    def record(self, request: Request) -> None:
-        with self._lock:
-            self.requests.append(request)
 
 
 def _take(candidates: list[Fault], source: list[Fault]) -> Fault | None:
@@ -436,16 +432,13 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in (headers | {"Content-Length": str(end - start)}).items():
             self.send_header(key, value)
         self.end_headers()
-        at = start
-        try:
-            if self.command == "GET":
-                for at in self._pieces(file, data, start, end, fault):
-                    pass
-        finally:
-            self._record(status, file, start, at - start)
+        request = self._record(status, file, start)
+        if self.command == "GET":
+            self._send_body(file, data, start, end, fault, request)
 
-    def _pieces(self, file: str, data: bytes, start: int, end: int, fault: Fault) -> Iterator[int]:
-        """Write the body; yields how far it came."""
+    def _send_body(
+        self, file: str, data: bytes, start: int, end: int, fault: Fault, request: Request
+    ) -> None:
         view = memoryview(data)
         at = start
         stops = [stop for stop in (fault.cut_at, fault.stall_at) if stop is not None]
@@ -459,9 +452,9 @@ class _Handler(BaseHTTPRequestHandler):
                 changed = bytearray(piece)
                 changed[wrong - at] ^= 1
                 piece = memoryview(changed)
-            self.wfile.write(piece)
             at += len(piece)
-            yield at
+            request.sent = at - start  # first: the client may be faster than this thread
+            self.wfile.write(piece)
             if self.hub.bytes_per_s:
                 time.sleep(len(piece) / self.hub.bytes_per_s)
         if at < end:
@@ -525,7 +518,7 @@ class _Handler(BaseHTTPRequestHandler):
         self, status: int, body: bytes, headers: dict[str, str], file: str | None = None
     ) -> None:
         # Recorded first: a client may act on the answer before this thread runs again.
-        self._record(status, file, 0, 0)
+        self._record(status, file, 0)
         self.send_response(status, HTTPStatus(status).phrase)
         for key, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(key, value)
@@ -533,11 +526,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body)
 
-    def _record(self, status: int, file: str | None, start: int, sent: int) -> None:
+    def _record(self, status: int, file: str | None, start: int) -> Request:
         authorization = self.headers.get("Authorization")
-        self.hub.record(
-            Request(self.host, self.command, self.path, file, start, status, sent, authorization)
-        )
+        request = Request(self.host, self.command, self.path, file, start, status, 0, authorization)
+        with self.hub._lock:
+            self.hub.requests.append(request)
+        return request
 
 
 def _parameters(files: dict[str, bytes]) -> dict[str, int]:

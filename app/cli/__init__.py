@@ -107,9 +107,19 @@ def build_parser() -> argparse.ArgumentParser:
     _server_options(serve)
     serve.add_argument("--access-log", action="store_true", help="log each request, never prompts")
 
-    pull = commands.add_parser("pull", help="fetch a model")
-    pull.add_argument("name", help="smollm2-135m")
+    pull = commands.add_parser(
+        "pull",
+        help="fetch a model",
+        description="Fetch a model from the Hugging Face Hub into its cache, where other programs "
+        "find it too. What an interrupted pull has fetched is kept: pull again to continue.",
+    )
+    pull.add_argument(
+        "name", metavar="MODEL", help="ORG/NAME on the hub, ORG/NAME@REVISION, or smollm2-135m"
+    )
+    pull.add_argument("--revision", metavar="REV", help="a branch, tag or commit; default: main")
     _yes_option(pull)
+    pull.add_argument("--dry-run", action="store_true", help="say what it would fetch, and stop")
+    pull.add_argument("--json", action="store_true", help="events, one JSON object a line")
 
     listing = commands.add_parser("list", help="installed models")
     listing.add_argument("--json", action="store_true")
@@ -134,7 +144,7 @@ _COMMANDS = {
     "chat": "app.cli.faces:chat",
     "serve": "app.cli.faces:serve",
     "run": "app.cli.run:run",
-    "pull": "app.cli.models:pull",
+    "pull": "app.cli.pull:pull",
     "list": "app.cli.models:list_models",
     "show": "app.cli.models:show",
     "ps": "app.cli.report:ps",
