@@ -121,12 +121,35 @@ def build_parser() -> argparse.ArgumentParser:
     pull.add_argument("--dry-run", action="store_true", help="say what it would fetch, and stop")
     pull.add_argument("--json", action="store_true", help="events, one JSON object a line")
 
+    search = commands.add_parser(
+        "search", help="find models on the hub", description="Models of the Hugging Face Hub that "
+        "Gryphon can run, most downloaded first.",
+    )  # fmt: skip
+    search.add_argument("query", help="words of the name")
+    search.add_argument("--limit", type=int, default=20, metavar="N", help="default: 20")
+    search.add_argument("--json", action="store_true")
+
     listing = commands.add_parser("list", help="installed models")
     listing.add_argument("--json", action="store_true")
 
     show = commands.add_parser("show", help="what a model is")
     show.add_argument("name", nargs="?", help="default: the model that would be used")
     show.add_argument("--json", action="store_true")
+
+    verify = commands.add_parser(
+        "verify", help="read a model's files and compare them with their digests"
+    )
+    verify.add_argument("name", nargs="?", help="default: the model that would be used")
+    verify.add_argument(
+        "--repair", action="store_true", help="fetch what is damaged again, from the hub"
+    )
+    verify.add_argument("--json", action="store_true")
+
+    remove = commands.add_parser("rm", help="remove a model")
+    remove.add_argument("name", metavar="MODEL")
+    remove.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    remove.add_argument("--dry-run", action="store_true", help="say what it would free, and stop")
+    remove.add_argument("--json", action="store_true")
 
     ps = commands.add_parser("ps", help="what the engine is doing")
     ps.add_argument("--json", action="store_true")
@@ -147,6 +170,9 @@ _COMMANDS = {
     "pull": "app.cli.pull:pull",
     "list": "app.cli.models:list_models",
     "show": "app.cli.models:show",
+    "search": "app.cli.upkeep:search",
+    "verify": "app.cli.upkeep:verify",
+    "rm": "app.cli.upkeep:remove",
     "ps": "app.cli.report:ps",
     "doctor": "app.cli.report:doctor",
 }

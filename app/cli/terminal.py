@@ -65,15 +65,16 @@ def human_time(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02} h"
 
 
-def confirm(question: str) -> bool:
-    """Ask on the terminal, yes by default. Ask only when `can_ask`."""
-    sys.stderr.write(f"{question} [Y/n] ")
+def confirm(question: str, *, default: bool = True) -> bool:
+    """Ask on the terminal; Enter is the default. Ask only when `can_ask`."""
+    sys.stderr.write(f"{question} [{'Y/n' if default else 'y/N'}] ")
     sys.stderr.flush()
     answer = sys.stdin.readline()
     if not answer:
         sys.stderr.write("\n")
-        raise GryphonError("declined", "No answer: nothing was downloaded. `--yes` does not ask.")
-    return answer.strip().lower() in ("", "y", "yes")
+        raise GryphonError("declined", "No answer: nothing was done. `--yes` does not ask.")
+    said = answer.strip().lower()
+    return said in ("y", "yes") or (default and not said)
 
 
 def can_ask() -> bool:

@@ -119,7 +119,7 @@ class RepositoryCache:
 
     def set_ref(self, revision: str, commit: str) -> None:
         """Remember what the branch or tag stands for, as huggingface_hub does."""
-        if commit.startswith(revision):
+        if len(revision) >= 7 and commit.startswith(revision):
             return
         ref = self.path / "refs" / revision
         ref.parent.mkdir(parents=True, exist_ok=True)

@@ -84,15 +84,21 @@ def find_model(name: str | None = None, *, allow_path: bool = False) -> Installe
         return _default(models)
     if name in models:
         return models[name]
-    for candidate, path, source in [*_own_candidates(), *_hub_candidates()]:
-        if candidate == name:
-            return read_model(path, name, source)  # raises: the listing left it out
-    if snapshot := _hub_revision(name):
-        return read_model(snapshot, name, "hub")
+    if place := find_place(name):
+        return read_model(*place)  # raises what the listing left out
     if allow_path and _looks_like_path(name):
         path = Path(os.path.abspath(os.path.expanduser(name)))
         return read_model(path, path.name, "path")
     raise _not_found(name, list(models))
+
+
+def find_place(name: str) -> tuple[Path, str, Source] | None:
+    """Where the model of that name lies, whole or damaged: its directory, name and source."""
+    for candidate, path, source in [*_own_candidates(), *_hub_candidates()]:
+        if candidate == name:
+            return path, name, source
+    snapshot = _hub_revision(name)
+    return (snapshot, name, "hub") if snapshot else None
 
 
 def installed_name(repository: str, revision: str) -> str:
@@ -229,21 +235,23 @@ def _own_candidates() -> Iterator[tuple[str, Path, Source]]:
 
 
 def _hub_candidates() -> Iterator[tuple[str, Path, Source]]:
-    """Of each model in the Hugging Face cache the `main` snapshot, else the latest one, and as
-    NAME@REVISION what other branches and tags stand for."""
+    """Of each model in the Hugging Face cache the `main` snapshot, and as NAME@REVISION what other
+    branches and tags stand for; where nothing is named, the latest one."""
     for name, repository in _hub_repositories():
         refs = _refs(repository)
         main = refs.pop("main", None)
-        if main is None:
-            snapshots = _directories(repository / "snapshots")
-            if not snapshots:
-                continue
-            main = max(snapshots, key=lambda path: path.stat().st_mtime)
-        if main.is_dir():
+        if main is None and not refs:
+            main = _latest(repository)
+        if main is not None and main.is_dir():
             yield name, main, "hub"
         for revision, snapshot in sorted(refs.items()):
             if snapshot.is_dir() and snapshot != main:
                 yield installed_name(name, revision), snapshot, "hub"
+
+
+def _latest(repository: Path) -> Path | None:
+    snapshots = _directories(repository / "snapshots")
+    return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _hub_repositories() -> Iterator[tuple[str, Path]]:
@@ -270,17 +278,24 @@ def _refs(repository: Path) -> dict[str, Path]:
 
 
 def _hub_revision(name: str) -> Path | None:
-    """The snapshot of NAME@REVISION, where REVISION may also be the beginning of a commit."""
-    wanted, _, revision = name.partition("@")
+    """The snapshot of NAME@REVISION, where REVISION may also be the beginning of a commit; of NAME
+    alone, the latest one."""
+    wanted, at, revision = name.partition("@")
     for found, repository in _hub_repositories():
-        if found == wanted:
-            snapshot = _refs(repository).get(revision)
-            commits = [
-                path
-                for path in _directories(repository / "snapshots")
-                if len(revision) >= _MIN_COMMIT and path.name.startswith(revision)
-            ]
-            return snapshot or (commits[0] if len(commits) == 1 else None)
+        if found != wanted:
+            continue
+        if not at:
+            return _latest(repository)
+        if snapshot := _refs(repository).get(revision):
+            return snapshot
+        if len(revision) < _MIN_COMMIT:
+            return None
+        commits = [
+            path
+            for path in _directories(repository / "snapshots")
+            if path.name.startswith(revision)
+        ]
+        return commits[0] if len(commits) == 1 else None
     return None
 
 

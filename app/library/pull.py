@@ -28,7 +28,7 @@ from app.library.installed import (
     read_model,
 )
 from app.library.transfer import Status, Transfer, content_digest, file_error
-from mlxmodels import checkpoint
+from mlxmodels import checkpoint, registry
 from mlxmodels.errors import ModelError
 from mlxmodels.safetensors_header import PREFIX_BYTES, TensorEntry, header_bytes, parse_header
 
@@ -341,6 +341,12 @@ def _check_config(name: str, config: dict[str, Any]) -> None:
     family = config.get("model_type")
     if not isinstance(family, str) or not family:
         raise _invalid(name, "its config.json has no model_type")
+    if registry.supported(family) is None:
+        raise GryphonError(
+            "unsupported_model",
+            f"{name} is of the family {one_line(repr(family), 60)}, which neither Gryphon nor "
+            "mlx-lm runs, so nothing of it was fetched. `gryphon search` shows models that run.",
+        )
 
 
 def _check_staged(name: str, staged: Path) -> None:

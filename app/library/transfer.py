@@ -255,9 +255,12 @@ class Transfer:
 
 def content_digest(file: RemoteFile) -> _Digest:
     """A running digest whose hexdigest is the etag of the file's content."""
-    if len(file.etag) == 64:
-        return hashlib.sha256()
-    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    return hashlib.sha256() if len(file.etag) == 64 else git_blob_digest(file.size)
+
+
+def git_blob_digest(size: int) -> _Digest:
+    """A running digest that ends as the name git gives `size` bytes of content."""
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
 
 def file_error(directory: Path, name: str, error: OSError) -> GryphonError:
