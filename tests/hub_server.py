@@ -42,6 +42,8 @@ class Fault:
     """Say this etag, as a hub does whose file was replaced."""
     ignore_range: bool = False
     gzip_claimed: bool = False
+    no_length: bool = False
+    """Send all of it without Content-Length; it ends where the connection does."""
     where: Literal["hub", "storage", "any"] = "any"
     times: int | None = 1
     """How many answers it spoils; None is all of them."""
@@ -261,6 +263,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._storage_file("/".join(parts))
         elif parts[:2] == ["api", "models"]:
             self._api(parts[2:])
+        elif parts[:3] == ["api", "resolve-cache", "models"]:
+            self._resolve("/".join(parts[3:5]), parts[5], "/".join(parts[6:]), cached=True)
         elif len(parts) >= 5 and parts[2] == "resolve":
             self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
@@ -364,7 +368,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Files.
 
-    def _resolve(self, name: str, revision: str, file: str) -> None:
+    def _resolve(self, name: str, revision: str, file: str, *, cached: bool = False) -> None:
         repository = self._readable(name, metadata=False, file=file)
         if repository is None:
             return
@@ -389,14 +393,26 @@ class _Handler(BaseHTTPRequestHandler):
                 "ETag": f'"{etag[:32]}"',
                 "Location": f"{self.hub.storage}/{path}?{_SIGNATURE}",
             }
-            # A fault of the content is for the storage host.
             if fault and not fault.etag:
-                with self.hub._lock:
-                    again = dataclasses.replace(fault, times=1, where="storage")
-                    self.hub._faults.setdefault(file, []).insert(0, again)
+                self._pass_on(file, fault, "storage")
             self._answer(302, b"", headers, file=file)
+        elif not cached:  # small files come from another address of the hub
+            if fault:
+                self._pass_on(file, fault, "hub")
+            path = urllib.parse.quote(f"{name}/{commit}/{file}")
+            headers |= {
+                "ETag": 'W/"of-this-redirect"',
+                "Location": f"/api/resolve-cache/models/{path}",
+            }
+            self._answer(307, b"", headers, file=file)
         else:
             self._send_file(file, data, headers | {"ETag": f'"{etag}"'}, fault)
+
+    def _pass_on(self, file: str, fault: Fault, where: Literal["hub", "storage"]) -> None:
+        """A fault of the content is for the address that sends it."""
+        again = dataclasses.replace(fault, times=1, where=where)
+        with self.hub._lock:
+            self.hub._faults.setdefault(file, []).insert(0, again)
 
     def _storage_file(self, path: str) -> None:
         org, name, commit, file = path.split("/", 3)
@@ -428,8 +444,11 @@ class _Handler(BaseHTTPRequestHandler):
             status = 206
         if fault.gzip_claimed:
             headers = headers | {"Content-Encoding": "gzip"}
+        length = {"Content-Length": str(end - start)}
+        if fault.no_length:
+            length, self.close_connection = {"Connection": "close"}, True
         self.send_response(status)
-        for key, value in (headers | {"Content-Length": str(end - start)}).items():
+        for key, value in (headers | length).items():
             self.send_header(key, value)
         self.end_headers()
         request = self._record(status, file, start)

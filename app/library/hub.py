@@ -230,16 +230,20 @@ class Hub:
         )
         for _ in range(_MAX_REDIRECTS):
             with self._send(url, headers) as response:
-                at_hub = _origin(url) == _origin(constants.ENDPOINT)
+                at_hub = _is_hub(url)
+                target = None
+                if response.is_redirect:
+                    target = _redirected(url, response.headers.get("Location", ""))
                 if at_hub and response.status_code < 400:
-                    _check_pinned(response, repository, file)
-                if not response.is_redirect:
+                    stays = target is not None and _is_hub(target)
+                    _check_pinned(response, repository, file, stays=stays)
+                if target is None:
                     begins_at = self._begins_at(response, repository, file, start, at_hub)
                     yield Body(response, begins_at, self.patience.stall_s)
                     return
-                url = _redirected(url, response.headers.get("Location", ""))
-                if _origin(url) != _origin(constants.ENDPOINT):
-                    headers.pop("authorization", None)
+            url = target
+            if not _is_hub(url):
+                headers.pop("authorization", None)
         raise GryphonError(
             "hub_refused",
             f"{file.name} of {repository.name} leads from one address to the next without end. "
@@ -289,7 +293,8 @@ class Hub:
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise _not_understood(repository.name, f"{file.name} comes compressed")
         if status == 200:
-            begins_at, total = 0, response.headers.get("Content-Length", "")
+            # Without a length, the count and the digest at the end must do.
+            begins_at, total = 0, response.headers.get("Content-Length", str(file.size))
         else:
             found = re.fullmatch(
                 r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", "")
@@ -351,10 +356,18 @@ class Hub:
                     raise lasting(error, name) from error
 
 
-def _check_pinned(response: httpx2.Response, repository: Repository, file: RemoteFile) -> None:
-    """The hub's answer is about the commit and the content that the metadata named."""
+def _check_pinned(
+    response: httpx2.Response, repository: Repository, file: RemoteFile, *, stays: bool
+) -> None:
+    """The hub's answer is about the commit and the content that the metadata named.
+
+    Args:
+        stays: It leads to another address of the hub; then a plain ETag is of the answer itself.
+    """
     commit = response.headers.get("X-Repo-Commit", repository.commit)
-    etag = response.headers.get("X-Linked-Etag") or response.headers.get("ETag")
+    etag = response.headers.get("X-Linked-Etag")
+    if etag is None and not stays:
+        etag = response.headers.get("ETag")
     etag = (etag or file.etag).removeprefix("W/").strip('"')
     if commit != repository.commit or etag != file.etag:
         raise RepositoryChanged(f"the hub has another {file.name} of {repository.name} now")
@@ -374,6 +387,10 @@ def _redirected(url: str, location: str) -> str:
             "secure, so it was not followed.",
         )
     return target
+
+
+def _is_hub(url: str) -> bool:
+    return _origin(url) == _origin(constants.ENDPOINT)
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -15,7 +15,7 @@ class Patience:
     connect_s: float = 10.0
     stall_s: float = 30.0
     """A connection that brings no byte for this long is given up."""
-    attempts: int = 6
+    attempts: int = 8
     """Failures in a row, with nothing gained in between, until a file is given up."""
     first_wait_s: float = 1.0
     """Before the second attempt; doubles with each one."""

@@ -20,6 +20,7 @@ from huggingface_hub import constants, scan_cache_dir
 
 from app.errors import GryphonError
 from app.library import transfer
+from app.library.file_lock import locked
 from app.library.hub import Hub
 from app.library.hub_cache import RepositoryCache
 from app.library.hub_errors import Interruption
@@ -237,8 +238,8 @@ def test_retry_after_is_waited_for(hub: HubServer, client: Hub, files: dict[str,
     later = Interruption("rate_limited", "busy", retry_after=20)
     assert patience.wait_s(1, later) == 20
     assert patience.wait_s(1, Interruption("rate_limited", "busy", retry_after=4000)) is None
-    waits_s = [patience.wait_s(n, Interruption("hub_unavailable", "busy")) for n in range(1, 7)]
-    assert waits_s[-1] is None
+    waits_s = [patience.wait_s(n, Interruption("hub_unavailable", "busy")) for n in range(1, 9)]
+    assert waits_s[-1] is None and None not in waits_s[:-1]
     for n, wait_s in enumerate(waits_s[:-1]):
         assert 0.5 <= (wait_s or 0) / (0.01 * 2**n) <= 1.5
 
@@ -271,9 +272,22 @@ def test_a_hub_that_stays_broken_is_given_up_and_what_came_is_kept(
 def test_a_server_without_ranges_is_read_from_the_start(
     hub: HubServer, client: Hub, files: dict[str, bytes]
 ) -> None:
-    plan = make_plan(client, "org/model")
+    plan, before = make_plan(client, "org/model"), hub.sent(WEIGHTS)
     hub.spoil(WEIGHTS, cut_at=100_000)
     hub.spoil(WEIGHTS, ignore_range=True)
+    assert_whole(pull(client, plan, Watch()), files)
+    assert sent_since(hub, before) == 100_000 + len(files[WEIGHTS])
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])
+def test_an_answer_without_a_length_is_read_to_its_end(
+    hub: HubServer, client: Hub, files: dict[str, bytes], name: str
+) -> None:
+    plan = make_plan(client, "org/model")
+    hub.spoil(name, no_length=True)
+    assert_whole(pull(client, plan, Watch()), files)
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    hub.spoil(name, no_length=True, cut_at=5)
     assert_whole(pull(client, plan, Watch()), files)
 
 
@@ -350,6 +364,7 @@ def test_a_partial_file_of_another_content_is_never_continued(
     assert sent_since(hub, before) == 2 * len(files[WEIGHTS]) - 1000
     cache.blob(file).unlink()
     cache.partial(file).write_bytes(b"x" * (SIZE * 2))  # longer than the file
+    assert make_plan(client, "org/model").missing_bytes == len(files[WEIGHTS])
     report = Watch()
     report.progress = lambda status: None  # type: ignore[method-assign]
     pull(client, plan, report)
@@ -366,7 +381,6 @@ def test_a_cancelled_pull_ends_at_once_and_is_continued(
 ) -> None:
     plan = make_plan(client, "org/model")
     hub.spoil(WEIGHTS, stall_at=at, times=None)
-    client.patience = Patience(connect_s=2, stall_s=60)
 
     def cancel(status: Status) -> None:
         weights = next(one for one in status.files if one.file.name == WEIGHTS)
@@ -374,8 +388,8 @@ def test_a_cancelled_pull_ends_at_once_and_is_continued(
         if weights.done == at and all(one.state == "done" for one in others):
             raise Cancelled
 
-    with pytest.raises(Cancelled):
-        pull(client, plan, Watch(cancel))
+    with Hub(Patience(connect_s=2, stall_s=60)) as patient, pytest.raises(Cancelled):
+        pull(patient, plan, Watch(cancel))
     assert not [one for one in threading.enumerate() if one.name.startswith("transfer-")]
     assert installed_models() == []
     hub.heal()
@@ -402,10 +416,9 @@ def test_the_second_of_two_pulls_waits_and_fetches_nothing(
             waiting.set()
 
     def one() -> None:
-        with Hub(QUICK) as own:
+        with Hub() as own:  # its default patience: the first answer is held back for a while
             models.append(pull(own, plan, Waiting()))
 
-    client.patience = Patience(stall_s=30)
     pulls = [threading.Thread(target=one) for _ in range(2)]
     for thread in pulls:
         thread.start()
@@ -414,6 +427,23 @@ def test_the_second_of_two_pulls_waits_and_fetches_nothing(
     assert len(models) == 2 and models[0] == models[1]
     assert waiting.is_set()
     assert hub.sent() - before == sum(map(len, files.values()))
+
+
+def test_a_lock_whose_file_was_removed_excludes_nobody(tmp_path: Path) -> None:
+    path, waiting = tmp_path / "lock", threading.Event()
+    held: list[bool] = []
+
+    def second() -> None:
+        with locked(path, waiting.set):
+            held.append(path.exists())
+
+    thread = threading.Thread(target=second)
+    with locked(path, lambda: None):
+        thread.start()
+        assert waiting.wait(20)
+        path.unlink()  # as huggingface_hub does when it is done
+    thread.join(20)
+    assert held == [True]
 
 
 def test_what_huggingface_hub_is_fetching_is_waited_for(

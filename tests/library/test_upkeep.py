@@ -158,6 +158,19 @@ def test_commits_that_nothing_names_go_with_the_model(hub: HubServer, run: Run) 
     assert not RepositoryCache("org/model").path.exists()
 
 
+def test_a_copy_of_the_repository_with_the_same_commits_stays(hub: HubServer, run: Run) -> None:
+    repository = hub.add("org/model", model_files())
+    for name in ("org/a-copy", "org/copy", "org/zcopy"):
+        copy = hub.add(name, {})
+        copy.commits, copy.refs = repository.commits, repository.refs
+        run("pull", name)
+    run("pull", "org/model")
+    run("rm", "org/model", "--yes")
+    assert names() == ["org/a-copy", "org/copy", "org/zcopy"]
+    run("rm", "org/copy", "--yes")
+    assert names() == ["org/a-copy", "org/zcopy"]
+
+
 def test_an_unfinished_pull_can_be_removed(hub: HubServer, run: Run) -> None:
     hub.add("org/model", model_files())
     cache = RepositoryCache("org/model")
