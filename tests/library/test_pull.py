@@ -16,7 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import constants, scan_cache_dir
+from filelock import FileLock
+from huggingface_hub import constants, hf_hub_download, scan_cache_dir, snapshot_download
 
 from app.errors import GryphonError
 from app.library import transfer
@@ -42,18 +43,17 @@ WEIGHTS = "model.safetensors"
 class Watch:
     """A report that checks at every call that nothing is listed yet."""
 
-    def __init__(self, then: Callable[[Status], None] = lambda status: None) -> None:
-        self.waited = 0
-        self.statuses: list[Status] = []
+    def __init__(self, then: Callable[[Status], None] | None = lambda status: None) -> None:
+        """`then` sees each status, too; None for where a model is listed already."""
         self._then = then
 
     def waiting(self) -> None:
-        self.waited += 1
+        pass
 
     def progress(self, status: Status) -> None:
-        assert installed_models() == []
-        self.statuses.append(status)
-        self._then(status)
+        if self._then is not None:
+            assert installed_models() == []
+            self._then(status)
 
 
 @pytest.fixture
@@ -341,9 +341,7 @@ def test_a_pull_after_a_new_commit_fetches_what_changed(hub: HubServer, client: 
     assert not plan.installed
     assert plan.missing_bytes == len(updated[changed])
     before = hub.sent()
-    report = Watch()
-    report.progress = lambda status: None  # type: ignore[method-assign]
-    model = pull(client, plan, report)
+    model = pull(client, plan, Watch(None))
     assert hub.sent() - before == len(updated[changed])
     assert find_model("org/model").path == model.path != first.path
     assert (model.path / changed).read_bytes() == updated[changed]
@@ -365,9 +363,7 @@ def test_a_partial_file_of_another_content_is_never_continued(
     cache.blob(file).unlink()
     cache.partial(file).write_bytes(b"x" * (SIZE * 2))  # longer than the file
     assert make_plan(client, "org/model").missing_bytes == len(files[WEIGHTS])
-    report = Watch()
-    report.progress = lambda status: None  # type: ignore[method-assign]
-    pull(client, plan, report)
+    pull(client, plan, Watch(None))
     assert (model.path / WEIGHTS).read_bytes() == files[WEIGHTS]
 
 
@@ -453,8 +449,6 @@ def test_what_huggingface_hub_is_fetching_is_waited_for(
     cache = RepositoryCache("org/model")
     file = next(one for one in plan.files if one.name == WEIGHTS)
     before = hub.sent(WEIGHTS)
-    from filelock import FileLock
-
     path = Path(constants.HF_HUB_CACHE, ".locks", cache.path.name, f"{file.etag}.lock")
     path.parent.mkdir(parents=True)
     lock = FileLock(path)
@@ -474,8 +468,6 @@ def test_a_snapshot_that_another_program_began_is_completed(
 ) -> None:
     repository = hub.repositories["org/model"]
     repository.commit(files | {"README.md": b"# Hello"})
-    from huggingface_hub import hf_hub_download
-
     for name in ("README.md", "config.json"):
         hf_hub_download("org/model", name, endpoint=hub.endpoint)
     plan = make_plan(client, "org/model")
@@ -487,11 +479,52 @@ def test_a_snapshot_that_another_program_began_is_completed(
     assert not (RepositoryCache("org/model").path / ".gryphon-staging").exists()
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "begun by another program"])
+def test_installing_ends_at_any_step_and_is_never_half_listed(
+    hub: HubServer, client: Hub, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    files = model_files(size=1000)
+    hub.add("org/model", files | {"README.md": b"#"})
+    whole = set(files) | ({"README.md"} if begun else set())
+    steps = 0
+    for last in range(1, 100):
+        shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
+        if begun:
+            for name in ("README.md", "config.json"):
+                hf_hub_download("org/model", name, endpoint=hub.endpoint)
+        plan = make_plan(client, "org/model")
+        steps = 0
+
+        def step(real: Callable[..., Any], last: int = last) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                nonlocal steps
+                if "snapshots" in str(arguments) or ".gryphon-staging" in str(arguments):
+                    steps += 1
+                    if steps == last:
+                        raise Cancelled
+                return real(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("symlink", "rename", "mkdir", "link"):
+                patch.setattr(os, name, step(getattr(os, name)))
+            try:
+                pull(client, plan, Watch())
+            except Cancelled:
+                pass
+            else:
+                break
+        for model in installed_models():
+            assert {path.name for path in model.path.iterdir()} == whole, last
+        again = pull(client, make_plan(client, "org/model"), Watch(None))
+        assert {path.name for path in again.path.iterdir()} >= set(files)
+    assert steps >= len(files) + 2
+
+
 def test_what_others_downloaded_is_not_fetched_again(
     hub: HubServer, client: Hub, files: dict[str, bytes]
 ) -> None:
-    from huggingface_hub import snapshot_download
-
     snapshot_download("org/model", endpoint=hub.endpoint)
     before = hub.sent()
     plan = make_plan(client, "org/model")
@@ -504,9 +537,7 @@ def test_revisions(hub: HubServer, client: Hub) -> None:
     repository = hub.add("org/model", model_files())
     second = repository.commit(model_files(seed=1), "v2")
     pull(client, make_plan(client, "org/model"), Watch())
-    report = Watch()
-    report.progress = lambda status: None  # type: ignore[method-assign]
-    model = pull(client, make_plan(client, "org/model", "v2"), report)
+    model = pull(client, make_plan(client, "org/model", "v2"), Watch(None))
     assert (model.name, model.path.name) == ("org/model@v2", second)
     assert [one.name for one in installed_models()] == ["org/model", "org/model@v2"]
     for name in ("org/model@v2", f"org/model@{second}", f"org/model@{second[:7]}"):
