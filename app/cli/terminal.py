@@ -1,4 +1,4 @@
-"""Talking to a person at a terminal: one line of progress, a question, a table. On standard error,
+"""Talking to a person at a terminal: lines of progress, a question, a table. On standard error,
 so that standard output holds only what was asked for."""
 
 from __future__ import annotations
@@ -11,24 +11,30 @@ from app.errors import GryphonError
 
 
 class StatusLine:
-    """One line that is rewritten in place; silent when standard error is no terminal."""
+    """A line, or a few, rewritten in place; silent when standard error is no terminal."""
 
     def __init__(self) -> None:
-        self._shown = False
+        self._lines = 0
         self._enabled = sys.stderr.isatty()
 
     def show(self, text: str) -> None:
         if self._enabled:
-            width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(f"\r\x1b[2K{text[:width]}")
+            size = shutil.get_terminal_size()
+            lines = [line[: size.columns - 1] for line in text.split("\n")][: size.lines - 1]
+            sys.stderr.write(self._cleared() + "\n".join(lines))
             sys.stderr.flush()
-            self._shown = True
+            self._lines = len(lines)
 
     def clear(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[2K")
+        if self._lines:
+            sys.stderr.write(self._cleared())
             sys.stderr.flush()
-            self._shown = False
+            self._lines = 0
+
+    def _cleared(self) -> str:
+        """Back to the first line, and nothing below."""
+        up = f"\x1b[{self._lines - 1}A" if self._lines > 1 else ""
+        return f"{up}\r\x1b[J"
 
 
 class Thinking:
@@ -75,15 +81,26 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "�" for char in text)
 
 
-def confirm(question: str) -> bool:
-    """Ask on the terminal, yes by default. Ask only when `can_ask`."""
-    sys.stderr.write(f"{question} [Y/n] ")
+def human_time(seconds: float) -> str:
+    """A duration for people: 45 s, 3:20 min, 2:05 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02} h"
+
+
+def confirm(question: str, *, default: bool = True) -> bool:
+    """Ask on the terminal; Enter is the default. Ask only when `can_ask`."""
+    sys.stderr.write(f"{question} [{'Y/n' if default else 'y/N'}] ")
     sys.stderr.flush()
     answer = sys.stdin.readline()
     if not answer:
         sys.stderr.write("\n")
-        raise GryphonError("declined", "No answer: nothing was downloaded. `--yes` does not ask.")
-    return answer.strip().lower() in ("", "y", "yes")
+        raise GryphonError("declined", "No answer: nothing was done. `--yes` does not ask.")
+    said = answer.strip().lower()
+    return said in ("y", "yes") or (default and not said)
 
 
 def can_ask() -> bool:

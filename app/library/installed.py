@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,10 @@ Source = Literal["gryphon", "hub", "path", "adapter"]
 
 # Families whose state does not grow with the text: there is no length at which they must stop.
 _UNLIMITED_FAMILIES = frozenset({"recurrent_gemma"})
+
+# A name of a file, whatever it is: a test's or another program's cache may be generous.
+_COMMIT = re.compile(r"\w+")
+_MIN_COMMIT = 7
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -91,14 +96,27 @@ def find_model(name: str | None = None, *, allow_path: bool = False) -> Installe
         return _default(models)
     if name in models:
         return models[name]
-    for candidate, path, source in [*_own_candidates(), *_hub_candidates()]:
-        if candidate == name:
-            return read_model(path, name, source)  # raises: the listing left it out
+    if place := find_place(name):
+        return read_model(*place)  # raises what the listing left out
     adapters.explain(name, models)  # raises for an adapter that the listing left out
     if allow_path and _looks_like_path(name):
         path = Path(os.path.abspath(os.path.expanduser(name)))
         return read_model(path, path.name, "path")
     raise _not_found(name, list(models))
+
+
+def find_place(name: str) -> tuple[Path, str, Source] | None:
+    """Where the model of that name lies, whole or damaged: its directory, name and source."""
+    for candidate, path, source in [*_own_candidates(), *_hub_candidates()]:
+        if candidate == name:
+            return path, name, source
+    snapshot = _hub_revision(name)
+    return (snapshot, name, "hub") if snapshot else None
+
+
+def installed_name(repository: str, revision: str) -> str:
+    """What the model at a revision of a repository on the hub is called here."""
+    return repository if revision == "main" else f"{repository}@{revision}"
 
 
 def read_model(path: Path, name: str, source: Source) -> InstalledModel:
@@ -119,7 +137,7 @@ def read_model(path: Path, name: str, source: Source) -> InstalledModel:
             path=path,
             family=family,
             size_bytes=sum(file.st_size for file in files),
-            quantization=_quantization(config, weights),
+            quantization=quantization(config, lambda: read_tensors(weights[0])),
             context_length=context_length(config),
             source=source,
             modified=max(file.st_mtime for file in files),
@@ -203,41 +221,12 @@ def context_length(config: dict[str, Any]) -> int | None:
     return None
 
 
-def _own_candidates() -> Iterator[tuple[str, Path, Source]]:
-    """Directories of models that Gryphon converted; hidden ones are unfinished work."""
-    for path in _directories(paths.models_dir()):
-        if not path.name.startswith(".") and path != paths.adapters_dir():
-            yield path.name, path, "gryphon"
+def quantization(config: dict[str, Any], tensors: Callable[[], Mapping[str, TensorEntry]]) -> str:
+    """How the weights are stored, for people.
 
-
-def _hub_candidates() -> Iterator[tuple[str, Path, Source]]:
-    """The `main` snapshot, else the latest one, of each model in the Hugging Face cache."""
-    from huggingface_hub import constants
-
-    for repository in _directories(Path(constants.HF_HUB_CACHE)):
-        kind, *name = repository.name.split("--")
-        if kind != "models" or not name:
-            continue
-        try:
-            commit = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
-            snapshot = repository / "snapshots" / commit
-        except (OSError, ValueError):
-            snapshots = _directories(repository / "snapshots")
-            if not snapshots:
-                continue
-            snapshot = max(snapshots, key=lambda path: path.stat().st_mtime)
-        if snapshot.is_dir():
-            yield "/".join(name), snapshot, "hub"
-
-
-def _directories(path: Path) -> list[Path]:
-    try:
-        return sorted(entry for entry in path.iterdir() if entry.is_dir())
-    except OSError:  # absent, or not ours to read: no models there
-        return []
-
-
-def _quantization(config: dict[str, Any], weights: list[Path]) -> str:
+    Args:
+        tensors: Entries of a weight file, asked for when config.json does not say.
+    """
     settings = config.get("quantization") or config.get("quantization_config")
     if isinstance(settings, dict):
         overrides = [value for value in settings.values() if isinstance(value, dict)]
@@ -247,9 +236,87 @@ def _quantization(config: dict[str, Any], weights: list[Path]) -> str:
             widths = "/".join(map(str, bits))
             return f"{widths}-bit" if len(bits) == 1 else f"mixed {widths}-bit"
         return str(settings.get("quant_method", "quantized"))
-    tensors = read_tensors(weights[0]).values()
-    largest = max(tensors, key=lambda tensor: tensor.nbytes, default=None)
+    largest = max(tensors().values(), key=lambda tensor: tensor.nbytes, default=None)
     return _DTYPE_NAMES.get(largest.dtype, largest.dtype) if largest else "empty"
+
+
+def _own_candidates() -> Iterator[tuple[str, Path, Source]]:
+    """Directories of models that Gryphon converted; hidden ones are unfinished work."""
+    for path in _directories(paths.models_dir()):
+        if not path.name.startswith(".") and path != paths.adapters_dir():
+            yield path.name, path, "gryphon"
+
+
+def _hub_candidates() -> Iterator[tuple[str, Path, Source]]:
+    """Of each model in the Hugging Face cache the `main` snapshot, and as NAME@REVISION what other
+    branches and tags stand for; where nothing is named, the latest one."""
+    for name, repository in _hub_repositories():
+        refs = _refs(repository)
+        main = refs.pop("main", None)
+        if main is None and not refs:
+            main = _latest(repository)
+        if main is not None and main.is_dir():
+            yield name, main, "hub"
+        for revision, snapshot in sorted(refs.items()):
+            if snapshot.is_dir() and snapshot != main:
+                yield installed_name(name, revision), snapshot, "hub"
+
+
+def _latest(repository: Path) -> Path | None:
+    snapshots = _directories(repository / "snapshots")
+    return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _hub_repositories() -> Iterator[tuple[str, Path]]:
+    from huggingface_hub import constants
+
+    for repository in _directories(Path(constants.HF_HUB_CACHE)):
+        kind, *name = repository.name.split("--")
+        if kind == "models" and name:
+            yield "/".join(name), repository
+
+
+def _refs(repository: Path) -> dict[str, Path]:
+    """Snapshot of each branch and tag; it need not exist."""
+    refs = {}
+    for ref in (repository / "refs").rglob("*"):
+        try:
+            commit = ref.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):  # a directory, as for refs/pr/1, or unreadable
+            continue
+        if _COMMIT.fullmatch(commit):
+            name = ref.relative_to(repository / "refs").as_posix()
+            refs[name] = repository / "snapshots" / commit
+    return refs
+
+
+def _hub_revision(name: str) -> Path | None:
+    """The snapshot of NAME@REVISION, where REVISION may also be the beginning of a commit; of NAME
+    alone, the latest one."""
+    wanted, at, revision = name.partition("@")
+    for found, repository in _hub_repositories():
+        if found != wanted:
+            continue
+        if not at:
+            return _latest(repository)
+        if snapshot := _refs(repository).get(revision):
+            return snapshot
+        if len(revision) < _MIN_COMMIT:
+            return None
+        commits = [
+            path
+            for path in _directories(repository / "snapshots")
+            if path.name.startswith(revision)
+        ]
+        return commits[0] if len(commits) == 1 else None
+    return None
+
+
+def _directories(path: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in path.iterdir() if entry.is_dir())
+    except OSError:  # absent, or not ours to read: no models there
+        return []
 
 
 def _default(models: dict[str, InstalledModel]) -> InstalledModel:
@@ -286,6 +353,8 @@ def _not_found(name: str, installed: list[str]) -> GryphonError:
         if installed
         else f"None is installed; get one with `gryphon pull {DEFAULT_MODEL}`."
     )
+    if name.count("/") == 1 and not name.startswith((".", "~", "/")):
+        parts.append("`gryphon pull` fetches models from the Hugging Face Hub.")
     return GryphonError("model_not_found", " ".join(parts))
 
 

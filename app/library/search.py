@@ -1,0 +1,69 @@
+"""Models on the hub that Gryphon could run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from app.library.hub import Hub
+from app.library.hub_errors import one_line
+from app.library.installed import quantization
+from mlxmodels import registry
+
+# Bits of one value in a safetensors file; the hub counts values per dtype.
+_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16,
+    "I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+# The hub cannot be asked for what we can run, so more are asked for than shown.
+_ASKED = 5
+
+
+@dataclass(frozen=True)
+class Found:
+    """A repository that a search found."""
+
+    name: str
+    family: str
+    weight_bytes: int
+    quantization: str
+    downloads: int
+    gated: bool
+
+
+def search(hub: Hub, query: str, limit: int) -> list[Found]:
+    """Repositories whose name has the words of `query`, most downloaded first: those with
+    safetensors, of a family that a port of ours or mlx-lm runs, and without code of their own.
+
+    Raises:
+        GryphonError: no network …
+    """
+    found = (_found(info) for info in hub.search(query, limit * _ASKED))
+    return [one for one in found if one is not None][:limit]
+
+
+def _found(info: Any) -> Found | None:
+    config = info.config if isinstance(info.config, dict) else {}
+    family = config.get("model_type")
+    counts = info.safetensors.parameters if info.safetensors else {}
+    runnable = isinstance(family, str) and registry.supported(family) is not None
+    if not runnable or not counts or config.get("auto_map"):
+        return None
+    return Found(
+        name=one_line(str(info.id)),
+        family=str(family),
+        weight_bytes=sum(count * _BITS.get(dtype, 0) // 8 for dtype, count in counts.items()),
+        quantization=_quantization(config, counts),
+        downloads=info.downloads if isinstance(info.downloads, int) else 0,
+        gated=bool(info.gated),
+    )
+
+
+def _quantization(config: dict[str, Any], counts: dict[str, int]) -> str:
+    if config.get("quantization") or config.get("quantization_config"):
+        return one_line(quantization(config, dict))
+    if "U32" in counts:  # the hub shortens config.json: MLX packs weights into these
+        return "quantized"
+    dtype = max(counts, key=lambda name: counts[name] * _BITS.get(name, 0))
+    return _DTYPES.get(dtype, one_line(dtype))

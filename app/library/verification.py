@@ -1,0 +1,102 @@
+"""Is an installed model still what was installed: read every file, compare with its digest."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.errors import GryphonError
+from app.library.installed import read_tensors
+from app.library.transfer import git_blob_digest
+
+_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What came out for one file."""
+
+    name: str
+    size: int
+    digest_known: bool
+    """Files from the hub carry the digest of their content in their name; others have none."""
+    problem: str | None
+    """None when it is as it should be."""
+    blob: Path | None
+    """What to remove so that the next pull fetches it again."""
+
+
+def verify(model: Path, progress: Callable[[int, int], None]) -> list[FileCheck]:
+    """Check every file of a model directory; damage is in the result, not raised.
+
+    Args:
+        progress: Called with bytes read and bytes in all; may raise to cancel.
+
+    Raises:
+        OSError: the directory cannot be listed.
+    """
+    paths = sorted(path for path in model.iterdir() if not path.is_dir())
+    total = sum(_size(path) for path in paths)
+    done = 0
+    checks = []
+    for path in paths:
+        before = done
+
+        def read(count: int, before: int = before) -> None:
+            progress(before + count, total)
+
+        checks.append(_check(path, read))
+        done += checks[-1].size
+    return checks
+
+
+def _check(path: Path, read: Callable[[int], None]) -> FileCheck:
+    size, blob = _size(path), _blob(path)
+    etag = blob.name if blob is not None and _ETAG.fullmatch(blob.name) else None
+    try:
+        problem = None
+        if path.is_symlink() and blob is None:
+            problem = "leads out of the repository's blobs"
+        elif etag is not None and _digest(path, etag, size, read) != etag:
+            problem = "its content is not what the hub has"
+        elif path.suffix == ".safetensors":
+            read_tensors(path)
+    except FileNotFoundError:
+        problem = "its content is missing"
+    except OSError as error:
+        problem = f"it cannot be read ({error.strerror or error})"
+    except GryphonError as error:
+        problem = error.message
+    return FileCheck(path.name, size, etag is not None, problem, blob)
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def _blob(path: Path) -> Path | None:
+    """The file in `blobs` that a snapshot's link stands for; None for anything else."""
+    if not path.is_symlink():
+        return None
+    target = Path(os.path.normpath(path.parent / path.readlink()))
+    blobs = path.parent.parent.parent / "blobs"
+    return target if target.parent == blobs else None
+
+
+def _digest(path: Path, etag: str, size: int, read: Callable[[int], None]) -> str:
+    digest = hashlib.sha256() if len(etag) == 64 else git_blob_digest(size)
+    count = 0
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+            count += len(data)
+            read(count)
+    return digest.hexdigest()

