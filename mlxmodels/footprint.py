@@ -169,11 +169,6 @@ class Footprint:
         """What a token adds to a row's state where no window is full."""
         return sum(kind.bytes_per_token for kind in self.slots if kind.window is None)
 
-    @property
-    def is_bounded(self) -> bool:
-        """Whether a row's state stops growing: then memory sets no limit to its length."""
-        return all(kind.window is not None for kind in self.slots)
-
     def state_bytes(self, tokens: int, rows: int = 1) -> int:
         """Layer states of rows of which the longest has read so many tokens.
 
