@@ -66,28 +66,27 @@ def read(model: Any, positions: list[int], label: str) -> dict[int, list[Any]]:
     return kept
 
 
-def measure(model: Any, kept: dict[int, list[Any]], rounds: int, label: str) -> list[Row]:
-    """A row for each position, after `rounds` turns of them all."""
+def measure(made: dict[str, Any], kept: dict[str, dict[int, list[Any]]], rounds: int) -> list[Row]:
+    """A row for each model and position, after `rounds` turns of them all."""
     token = mx.array([7], mx.int32)
-    times: dict[int, list[float]] = {position: [] for position in kept}
+    places = [(label, position) for label, states in kept.items() for position in states]
+    times: dict[tuple[str, int], list[float]] = {place: [] for place in places}
     for count in range(rounds + 1):
-        for position in list(kept) if count % 2 else list(kept)[::-1]:
+        for label, position in places if count % 2 else places[::-1]:
             mx.synchronize()
             begin = time.perf_counter()
-            decode(model, kept[position], token, STEPS)
+            decode(made[label], kept[label][position], token, STEPS)
             if count > 0:  # the first steps may make room for those that follow
-                times[position].append((time.perf_counter() - begin) * 1000 / STEPS)
-    first = times[min(kept)]
-    return [
-        {
-            "model": label,
-            "position": position,
-            "ms": statistics.median(each),
-            "ratio": statistics.median(b / a for a, b in zip(first, each, strict=True)),
-            "state_bytes": sum(int(state.nbytes) for state in kept[position]),
-        }
-        for position, each in times.items()
-    ]
+                seconds = time.perf_counter() - begin
+                times[label, position].append(seconds * 1000 / STEPS)
+    rows = []
+    for (label, position), each in times.items():
+        first = times[label, min(kept[label])]
+        row: Row = {"model": label, "position": position, "ms": statistics.median(each)}
+        row["ratio"] = statistics.median(b / a for a, b in zip(first, each, strict=True))
+        row["state_bytes"] = sum(int(state.nbytes) for state in kept[label][position])
+        rows.append(row)
+    return rows
 
 
 def picture(rows: list[Row]) -> str:
@@ -116,7 +115,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--window", type=int, default=512, help="W, in tokens")
     parser.add_argument("--far", type=int, default=65536, help="RecurrentGemma's last position")
-    parser.add_argument("--transformer", type=int, default=16384, help="the transformer's")
+    parser.add_argument("--transformer", type=int, default=8192, help="the transformer's")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--quick", action="store_true", help="little of it, and nothing is kept")
     options = parser.parse_args()
@@ -124,20 +123,20 @@ def main() -> int:
     if options.quick:
         size = TINY
         options.window, options.far, options.transformer, options.rounds = 32, 512, 256, 5
-    rows: list[Row] = []
-    ends = {GRIFFIN: options.far, TRANSFORMER: options.transformer}
-    for label, model in models(options.window, size).items():
+    made = models(options.window, size)
+    kept = {}
+    for label, end in ((GRIFFIN, options.far), (TRANSFORMER, options.transformer)):
         positions = [2 * options.window]
-        while positions[-1] < ends[label]:
-            positions.append(min(2 * positions[-1], ends[label]))
-        kept = read(model, positions, label)
-        rows += measure(model, kept, options.rounds, label)
-        del kept
-        mx.clear_cache()
+        while positions[-1] < end:
+            positions.append(min(2 * positions[-1], end))
+        kept[label] = read(made[label], positions, label)
+    rows = measure(made, kept, options.rounds)
     flat = [row for row in rows if row["model"] == GRIFFIN]
     if not options.quick:
         flat[-1]["goal"] = GOAL
-    command = f"scripts/bench_flat.py --window {options.window} --far {options.far}"
+    command = "scripts/bench_flat.py " + " ".join(
+        f"--{name} {getattr(options, name)}" for name in ("window", "far", "transformer", "rounds")
+    )
     print(publish("flat", command, rows, keep=not options.quick))
     if not options.quick:
         PICTURE.write_text(picture(rows))

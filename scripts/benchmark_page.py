@@ -124,7 +124,7 @@ def flat_table(rows: list[Row]) -> str:
     lines = [("model", "position", "ms a token", "over the first", "state MB", "goal")]
     for row in rows:
         cells = (row["model"], f"{row['position']:,}", f"{row['ms']:.2f}", f"{row['ratio']:.2f}")
-        cells += (f"{row['state_bytes'] / 1e6:.2f}",)
+        cells += (f"{row['state_bytes'] / 1e6:.3g}",)
         bound = f"≤ {row['goal']:.2f}" if "goal" in row else ""
         is_missed = "goal" in row and row["ratio"] > row["goal"]
         lines.append((*cells, bound + (" missed" if is_missed else "")))

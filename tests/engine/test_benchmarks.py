@@ -63,13 +63,13 @@ def test_a_section_is_replaced_and_the_others_stay(
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(page, "RESULTS", tmp_path)
     monkeypatch.setattr(script("measurement"), "RESULTS", tmp_path)
-    flat = {"model": "M", "position": 4096, "ms": 1.23456, "ratio": 1.2, "state_bytes": 10}
+    flat = {"model": "M", "position": 4096, "ms": 1.23456, "ratio": 1.2, "state_bytes": 1234567}
     page.publish("flat", "scripts/one.py", [flat | {"goal": 1.1}])
     bare = {"model": "M", "contender": "bare", "turns": 3, "ms": 2.0, "share": 0.0}
     page.publish("overhead", "scripts/two.py", [bare])
     page.publish("overhead", "scripts/two.py", [bare | {"ms": 3.0}])
     text = (tmp_path / "page.md").read_text()
-    assert "| M | 4,096 | 1.24 | 1.20 | 0.00 | ≤ 1.10 missed |" in text  # 1.235, four digits kept
+    assert "| M | 4,096 | 1.24 | 1.20 | 1.23 | ≤ 1.10 missed |" in text  # 1.235, four digits kept
     assert "| M | bare | 3 | 3.00 |" in text and "2.00" not in text
     assert text.count("Not measured yet.") == 2
     assert "scripts/one.py" in text and "scripts/two.py" in text
