@@ -161,12 +161,14 @@ class Launch:
     Attributes:
         rows: The B rows, in the order of the arrays.
         tokens: [B] int32.
+        is_nan: [B] bool, whether some of the logits they were drawn from were no numbers.
         logprobs: [B] float32, of those tokens; None when no row asked.
         top_ids, top_values: [B, n], the n most likely tokens, most likely first; None as above.
     """
 
     rows: list[Row]
     tokens: mx.array
+    is_nan: mx.array
     logprobs: mx.array | None = None
     top_ids: mx.array | None = None
     top_values: mx.array | None = None
@@ -174,7 +176,7 @@ class Launch:
     @classmethod
     def of(cls, rows: list[Row], logits: mx.array, tokens: mx.array) -> Launch:
         """A step begun, not waited for: what the rows draw from logits [B, V] of the model."""
-        launch = cls(rows, tokens)
+        launch = cls(rows, tokens, mx.isnan(logits.sum(axis=-1)))
         requests = [row.generation for row in rows]
         if any(request.logprobs for request in requests):
             logprobs = logprobs_of(logits)
@@ -186,12 +188,16 @@ class Launch:
         return launch
 
     def _start(self) -> None:
-        given = [self.tokens, self.logprobs, self.top_ids, self.top_values]
+        given = [self.tokens, self.is_nan, self.logprobs, self.top_ids, self.top_values]
         mx.async_eval([array for array in given if array is not None])
 
     def token_ids(self) -> list[int]:
         """The tokens of all rows; waits for them."""
         return cast(list[int], self.tokens.tolist())
+
+    def was_broken(self, index: int) -> bool:
+        """Whether a row's token was drawn from what is no number, and so means nothing."""
+        return bool(self.is_nan[index].item())
 
     def logprobs_of(self, index: int, count: int) -> tuple[float, list[tuple[int, float]]]:
         """Logprob of a row's token, and of the `count` most likely ones with their ids."""

@@ -31,18 +31,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from app.engine import kernels, memory
-from app.engine.admission import PREFILL_CHUNK, admit, check_prompt, least_of
+from app.engine import memory
+from app.engine.admission import PREFILL_CHUNK, admit, check_prompt
 from app.engine.answer import NOTHING
 from app.engine.batch import Batch, Emit, Launch, Row
 from app.engine.constrained import allowed_tokens
-from app.engine.keep_alive import KeepAlive
-from app.engine.ledger import line
+from app.engine.delivery import deliver
 from app.engine.prefix_cache import PrefixCache
 from app.engine.prefix_files import PrefixFiles, not_forgotten
 from app.engine.protocol import (
@@ -50,46 +48,21 @@ from app.engine.protocol import (
     GenerationRequest,
     LoadModel,
     ModelRef,
-    ModelState,
     Progress,
-    Token,
-    TokenLogprob,
 )
-from app.engine.resident import ResidentModel, load_resident, plan_resident
+from app.engine.residency import Residency
+from app.engine.resident import ResidentModel
 from app.engine.room import Room, ended_early
+from app.engine.snapshot import Snapshot, snapshot_of
 from app.engine.speculation import Lane, Lanes
-from app.engine.spill import Spill
-from app.engine.state_leaves import can_keep
 from app.engine.waiting import WaitingQueue
 from app.errors import GryphonError
 
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16
-_MAX_PREFIX_BYTES = 2 * 1024**3
 # Without a request for this long, what was read goes to the disk, one entry at a time.
 _QUIET_S = 0.5
-# What a model change waits for that.
-_SAVE_S = 2.0
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What the engine looks like from outside, replaced whole so that any thread may read it."""
-
-    model: ModelRef | None = None
-    state: ModelState = "unloaded"
-    weight_bytes: int = 0
-    state_bytes: int = 0
-    prefix_bytes: int = 0
-    scratch_bytes: int = 0
-    active_bytes: int = 0
-    cache_bytes: int = 0
-    budget_bytes: int = 0
-    running: int = 0
-    queued: int = 0
-    context_length: int | None = None
-    note: str = ""
 
 
 class Scheduler:
@@ -122,16 +95,11 @@ class Scheduler:
         self._batch = Batch()
         self._lanes = Lanes()
         self._in_flight: Launch | None = None
-        self._resident: ResidentModel | None = None
-        self._prefix_cache_bytes = prefix_cache_bytes
-        self._prefix_files = prefix_files
-        self._prefixes: PrefixCache | None = None
-        self._budget = memory.MemoryBudget(memory_bytes)
-        self._room: Room | None = None
-        self._keep_alive = KeepAlive(keep_alive_s)
+        self._residency = Residency(prefix_cache_bytes, prefix_files, memory_bytes, keep_alive_s)
+        self._keep_alive = self._residency.keep_alive
         self._outbox: list[tuple[Emit, Event]] = []
-        self.model_loads = 0
-        """Models made resident so far; any thread may read it."""
+        self.on_idle: Callable[[], None] = lambda: None
+        """Called when the model was unloaded because nobody used it."""
 
     # Called from other threads.
 
@@ -153,7 +121,7 @@ class Scheduler:
         deadline = time.monotonic() + seconds
 
         def save() -> None:
-            self._save_prefixes(deadline - time.monotonic())
+            self._residency.save(deadline - time.monotonic())
             done.set()
 
         self._inbox.put(save)
@@ -163,6 +131,11 @@ class Scheduler:
         """Make `run` return after the current step."""
         self._stopping.set()
         self._inbox.put(lambda: None)
+
+    @property
+    def model_loads(self) -> int:
+        """Models made resident so far."""
+        return self._residency.loads
 
     # The MLX thread.
 
@@ -183,6 +156,18 @@ class Scheduler:
                 lane = self._lanes.next()
                 self._guarded(functools.partial(self._speculate, lane), [lane.row])
             self._end_turn()
+
+    @property
+    def _resident(self) -> ResidentModel | None:
+        return self._residency.model
+
+    @property
+    def _room(self) -> Room | None:
+        return self._residency.room
+
+    @property
+    def _prefixes(self) -> PrefixCache | None:
+        return self._residency.prefixes
 
     @property
     def _active(self) -> int:
@@ -221,6 +206,7 @@ class Scheduler:
         self._take_inbox(wait_s=wait_s)
         if self._resident and not self._queue and self._keep_alive.remaining_s() == 0:
             self._unload()
+            self.on_idle()
 
     def _take_inbox(self, *, wait_s: float | None) -> bool:
         """Do what other threads have asked for, after waiting for the first of it; whether there
@@ -303,20 +289,7 @@ class Scheduler:
         self._batch.drop(ended)
 
     def _keep(self, row: Row, states: list[Any]) -> None:
-        """Keep a row's states for other requests; a failure costs time, not answers."""
-        if self._prefixes is None or self._room is None or row.is_forgotten:
-            return
-        try:
-            self._room.limit_prefixes(self._running)
-            self._prefixes.insert(row.fed, states, row.generation.chat)
-        except Exception:
-            logger.exception("keeping states failed")
-            self._prefixes.clear()
-
-    def _save_prefixes(self, seconds: float) -> None:
-        """Save what is kept, as far as this time allows; before the model goes."""
-        if self._prefixes is not None:
-            self._prefixes.save(seconds)
+        self._residency.keep(row, states, self._running)
 
     def _forget(self, chat: str) -> GryphonError | None:
         in_flight = self._in_flight.rows if self._in_flight is not None else []
@@ -326,10 +299,7 @@ class Scheduler:
             if not chat or getattr(row.request, "chat", "") == chat:
                 row.is_forgotten = True
         try:
-            if self._prefixes is not None:
-                self._prefixes.forget(chat)
-            if self._prefix_files is not None:
-                self._prefix_files.forget(chat)
+            self._residency.forget(chat)
         except Exception as error:
             logger.exception("forgetting failed")
             return not_forgotten(error)
@@ -388,41 +358,26 @@ class Scheduler:
     def _change_model(self, row: Row) -> bool:
         """Make the model of `row` resident, or fail everyone who waits for that model."""
         ref = row.request.model
-        started = time.monotonic()
-        try:
-            plan = plan_resident(ref, self._budget)  # or else what is loaded stays
+
+        def unload() -> None:
             self._unload()
             self.snapshot = Snapshot(model=ref, state="loading", queued=len(self._queue))
-            resident = load_resident(ref, plan, self._load_progress(row, ref))
+
+        try:
+            load_s = self._residency.load(ref, unload, self._load_progress(row, ref))
         except GryphonError as error:
-            memory.release()
-            logger.info(line("load failed", model=ref.name, code=error.code))
             for waiting in [row for row in self._queue if row.request.model == ref]:
                 self._queue.remove(waiting)
                 waiting.fail(error.code, error.message, error.retry_after)
             return False
-        self._resident = resident
-        load_s, held = time.monotonic() - started, resident.loaded.nbytes
         self._queue.begin_turn(load_s)
-        self.model_loads += 1
-        logger.info(line("loaded", model=ref.name, seconds=load_s, weight_bytes=held))
-        chunk = PREFILL_CHUNK[mx.default_device().type]
-        memory.limit_mlx(resident.footprint, chunk)
-        self._prefixes = self._new_prefix_cache(resident)
-        self._room = Room(self._budget, resident.footprint, ref.name, held, self._prefixes, chunk)
         return True
 
     def _unload(self) -> None:
-        """Save what was kept for the model, forget both, and give the memory back."""
-        self._save_prefixes(_SAVE_S)
-        if self._resident is not None:
-            logger.info(line("unloaded", model=self._resident.ref.name))
-        self._resident = None
-        self._prefixes = None
-        self._room = None
+        """Let go of the model and of all that was made with it."""
         self._batch = Batch()
         self._lanes = Lanes()
-        memory.release()
+        self._residency.unload()
 
     def _load_draft(self, row: Row, ref: ModelRef) -> None:
         """Make the draft model of `row` resident too; the row begins once there is room for both,
@@ -431,7 +386,7 @@ class Scheduler:
         self._room.hold_draft(None)
         try:
             progress = self._load_progress(row, ref)
-            self._lanes.load_draft(ref, self._resident, self._budget, progress)
+            self._lanes.load_draft(ref, self._resident, self._residency.budget, progress)
         except GryphonError as error:
             memory.release()
             row.fail(error.code, error.message, error.retry_after)
@@ -444,21 +399,6 @@ class Scheduler:
             self._send_events()  # the turn will not end for a while
 
         return progress
-
-    def _new_prefix_cache(self, resident: ResidentModel) -> PrefixCache | None:
-        """None where nothing may be kept."""
-        # A rotary base that depends on a prompt's length makes every state depend on it too: what
-        # a prefix left behind in one prompt is not what it leaves in a longer one.
-        if getattr(resident.loaded.model, "rotates_by_length", False):
-            return None
-        budget = self._prefix_cache_bytes
-        if budget is None:
-            left = self._budget.now_bytes() - resident.loaded.nbytes
-            budget = max(0, min(left // 10, _MAX_PREFIX_BYTES))
-        if not budget or not can_keep(resident.loaded.make_cache()):
-            return None
-        files = self._prefix_files
-        return PrefixCache(budget, Spill.open(files, resident) if files is not None else None)
 
     def _begin(self, row: Row) -> None:
         """Start a row's prefill."""
@@ -586,33 +526,8 @@ class Scheduler:
                 self._deliver(row, tokens[index], launch, index)
 
     def _deliver(self, row: Row, token_id: int, launch: Launch, index: int) -> None:
-        assert self._resident is not None and row.text is not None
-        row.answer.append(token_id)
-        is_end = token_id in self._resident.loaded.eos_token_ids
-        if is_end and (row.matcher is None or row.matcher.may_end):
-            row.finish("stop", row.text.finish())
-            return
-        if row.matcher is not None:
-            row.matcher.advance(token_id)
-        row.generated += 1
-        may_stop = row.generated >= row.generation.min_tokens
-        new = row.text.add(token_id, may_stop=may_stop)
-        logprob, top = None, []
-        if row.generation.logprobs:
-            value, alternatives = launch.logprobs_of(index, row.generation.top_logprobs)
-            logprob = self._named(token_id, value)
-            top = [self._named(*alternative) for alternative in alternatives]
-        row.emit(Token(row.request.id, new.text, token_id, logprob, top, new.reasoning))
-        row.send_calls(new)
-        if new.has_stopped:
-            row.finish("stop")
-        elif row.generated >= row.max_tokens:
-            row.finish("length", row.text.finish())
-
-    def _named(self, token_id: int, logprob: float) -> TokenLogprob:
         assert self._resident is not None
-        raw = self._resident.loaded.tokenizer.token_bytes(token_id)
-        return TokenLogprob(token_id, raw.decode("utf-8", "replace"), raw, logprob)
+        deliver(row, token_id, launch, index, self._resident.loaded)
 
     def _end_turn(self) -> None:
         """Events go out after the snapshot that includes what they tell."""
@@ -627,31 +542,12 @@ class Scheduler:
         self._outbox.clear()
 
     def _publish(self) -> None:
-        resident = self._resident
-        if resident is None:
-            self.snapshot = Snapshot(
-                active_bytes=mx.get_active_memory(),
-                cache_bytes=mx.get_cache_memory(),
-                budget_bytes=self._budget.now_bytes(),
-                queued=len(self._queue),
-            )
-            return
-        reading = self._prefilling.caches if self._prefilling is not None else []
-        reading_bytes = sum(int(state.nbytes) for state in reading)
-        self.snapshot = Snapshot(
-            model=resident.ref,
-            state="ready",
-            weight_bytes=resident.loaded.nbytes + self._lanes.weight_bytes,
-            state_bytes=self._batch.nbytes + self._lanes.state_bytes + reading_bytes,
-            prefix_bytes=self._prefixes.nbytes if self._prefixes is not None else 0,
-            scratch_bytes=self._room.scratch_bytes(self._running) if self._room else 0,
-            active_bytes=mx.get_active_memory(),
-            cache_bytes=mx.get_cache_memory(),
-            budget_bytes=self._budget.now_bytes(),
-            running=self._active,
+        reading = [self._prefilling] if self._prefilling is not None else []
+        states = sum(int(state.nbytes) for row in reading for state in row.caches)
+        self.snapshot = snapshot_of(
+            self._residency,
+            self._running,
             queued=len(self._queue),
-            context_length=least_of(
-                resident.loaded.context_length, self._room.context if self._room else None
-            ),
-            note=", ".join([resident.note, *kernels.faults()]),
+            state_bytes=self._batch.nbytes + self._lanes.state_bytes + states,
+            draft_bytes=self._lanes.weight_bytes,
         )

@@ -231,6 +231,7 @@ class Engine:
         self._started = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._names = itertools.count(1)
+        scheduler.on_idle = self._went_idle
 
     def emit(self, connection: Connection, event: Event) -> None:
         """Send an event from any thread."""
@@ -243,6 +244,10 @@ class Engine:
             notice = " ".join(filter(None, [self._backend.note, event.notice]))
             event = msgspec.structs.replace(event, notice=notice)
         connection.send(event)
+
+    def _went_idle(self) -> None:
+        """The model was unloaded: what constraints need of it goes too. From the MLX thread."""
+        asyncio.run_coroutine_threadsafe(self.matchers.close(), self._loop)
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one client."""

@@ -30,6 +30,8 @@ _STATUS = {
     "request_too_large": 400,
     "invalid_text": 400,
     "invalid_model": 400,
+    "invalid_constraint": 400,
+    "unsupported_constraint": 400,
     "does_not_fit": 400,
     "model_not_found": 404,
     "no_model_installed": 404,

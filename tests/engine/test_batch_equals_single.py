@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from app.engine import scheduler as scheduling
+from app.engine import residency
 from app.engine.batch import Row
 from app.engine.memory import MemoryBudget
 from app.engine.protocol import (
@@ -256,7 +256,7 @@ def is_near_tie(entry: Entry, expected: list[int], position: int, token: int) ->
         nudged = dataclasses.replace(resident.loaded, model=Nudged(resident.loaded.model, seed))
         changed = dataclasses.replace(resident, loaded=nudged)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scheduling, "load_resident", lambda *_, changed=changed: changed)
+            patch.setattr(residency, "load_resident", lambda *_, changed=changed: changed)
             answer = alone([entry])[entry.request.id]
         if answer[: position + 1] == [*expected[:position], token]:
             return True

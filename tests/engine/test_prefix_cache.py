@@ -433,7 +433,7 @@ def test_without_a_setting_the_budget_is_a_tenth_of_what_is_left(
     resident = load_resident(model, plan_resident(model, MemoryBudget()), lambda *_: None)
     total = available + resident.loaded.nbytes
     monkeypatch.setattr(MemoryBudget, "now_bytes", lambda self: total)
-    prefixes = scheduler._new_prefix_cache(resident)
+    prefixes = scheduler._residency.new_prefix_cache(resident)
     assert (prefixes.budget_bytes if prefixes is not None else None) == budget
 
 

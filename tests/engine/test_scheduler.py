@@ -17,8 +17,8 @@ import msgspec
 import pytest
 
 import mlxmodels
+from app.engine import residency, waiting
 from app.engine import scheduler as scheduling
-from app.engine import waiting
 from app.engine.admission import PREFILL_CHUNK
 from app.engine.batch import Batch, Row
 from app.engine.protocol import (
@@ -30,6 +30,7 @@ from app.engine.protocol import (
     LoadModel,
     ModelRef,
     Progress,
+    PromptLookup,
     Sampling,
     Token,
 )
@@ -208,7 +209,7 @@ def test_one_chunk_at_most_is_computed_between_two_steps_however_many_prompts_wa
         return call[0] == 1 and call[1] > 1  # no chunk of these prompts has one token
 
     monkeypatch.setattr(Batch, "join", join)
-    monkeypatch.setattr(scheduling, "load_resident", recorded)
+    monkeypatch.setattr(residency, "load_resident", recorded)
     chunk = PREFILL_CHUNK[mx.default_device().type]
     scheduler = Scheduler(prefix_cache_bytes=2**24)
     model, ended = checkpoints[family], list[str]()
@@ -455,6 +456,23 @@ def test_load_makes_a_model_resident_without_generating(
     harness.submit(request(checkpoints["recurrent_gemma"], "d"), prompt_of(3))
     harness.wait_all()
     assert not any(isinstance(e, Progress) and e.phase == "load" for e in harness.said["d"])
+
+
+@pytest.mark.parametrize("speculation", [None, PromptLookup()])
+def test_an_answer_of_what_is_no_number_is_refused(
+    harness: Harness, tmp_path: Path, speculation: PromptLookup | None
+) -> None:
+    path = write_model(tmp_path / "broken", OPEN_LLAMA)
+    weights = mx.load(str(path / "model.safetensors"))
+    name = next(name for name in weights if name.endswith("norm.weight"))
+    weights[name] = weights[name] * mx.nan
+    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
+    asked = request(ModelRef("broken", str(path)), "a", speculation=speculation)
+    harness.submit(asked, prompt_of(4))
+    harness.wait_all()
+    failed = harness.said["a"][-1]
+    assert isinstance(failed, Failed) and failed.code == "invalid_numbers"
+    assert "broken" in failed.message and not harness.tokens("a")
 
 
 def test_an_exception_in_a_step_ends_its_rows_and_the_engine_goes_on(

@@ -18,7 +18,7 @@ import pytest
 
 from app import paths
 from app.engine import fingerprint as fingerprinting
-from app.engine import prefix_files
+from app.engine import prefix_files, residency
 from app.engine import resident as residing
 from app.engine import scheduler as scheduling
 from app.engine import spill as spilling
@@ -214,14 +214,14 @@ def test_files_that_change_while_they_are_loaded_are_nobodys(
     files: PrefixFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_model(tmp_path / "model", OPEN_LLAMA)
-    genuine = scheduling.load_resident
+    genuine = residency.load_resident
 
     def changing(*arguments: Any) -> Any:
         resident = genuine(*arguments)
         (path / "model.safetensors").touch()
         return resident
 
-    monkeypatch.setattr(scheduling, "load_resident", changing)
+    monkeypatch.setattr(residency, "load_resident", changing)
     assert cached_after(ModelRef("model", str(path)), files) == 0
     assert not files.stored()
 
@@ -251,14 +251,14 @@ def test_whatever_changes_states_changes_the_key(
         elif what == "kernels":
             monkeypatch.setenv("GRYPHON_KERNELS", "reference")
         elif what == "dtype":
-            genuine = scheduling.load_resident
+            genuine = residency.load_resident
 
             def in_bfloat16(*arguments: Any) -> Any:
                 resident = genuine(*arguments)
                 resident.loaded.model.set_dtype(mx.bfloat16)
                 return resident
 
-            monkeypatch.setattr(scheduling, "load_resident", in_bfloat16)
+            monkeypatch.setattr(residency, "load_resident", in_bfloat16)
 
     cached = cached_after(ModelRef("model", str(path)), files, change)
     assert cached == (59 if what == "nothing" else 0)
