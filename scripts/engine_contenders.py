@@ -119,10 +119,12 @@ def bare(path: Path) -> None:
     import mlx.core as mx
 
     from app.engine.admission import PREFILL_CHUNK
+    from app.engine.memory import MemoryBudget
     from app.engine.protocol import ModelRef
-    from app.engine.resident import load_resident
+    from app.engine.resident import load_resident, plan_resident
 
-    loaded = load_resident(ModelRef(path.name, str(path)), lambda done, total: None).loaded
+    ref = ModelRef(path.name, str(path))
+    loaded = load_resident(ref, plan_resident(ref, MemoryBudget()), lambda *_: None).loaded
     model, chunk = loaded.model, PREFILL_CHUNK[mx.default_device().type]
 
     def generate(prompt: list[int], length: int, on_token: Callable[[], None]) -> None:

@@ -32,6 +32,7 @@ from mlxmodels.checkpoint import weight_files
 if TYPE_CHECKING:
     from app.engine.resident import ResidentModel
 
+_ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
 # Of the layout of a file of states and of what its metadata says.
 _FORMAT = 1
 _TICK_S = 0.05
@@ -54,7 +55,8 @@ def weights_on_disk(ref: ModelRef) -> list[tuple[object, ...]]:
     files = weight_files(Path(ref.path))
     if ref.adapter:
         # Its config too: that says by how much the adapter's product is scaled.
-        files = [*files, *(Path(ref.adapter) / name for name in (CONFIG_FILE, TENSORS_FILE))]
+        of_adapter = (Path(ref.adapter) / name for name in _ADAPTER_FILES)
+        files = [*files, *filter(Path.exists, of_adapter)]
     for file in files:
         info = file.stat()
         age_s = time.time() - info.st_ctime_ns / 1e9

@@ -38,13 +38,12 @@ import mlx.core as mx
 from app.engine import memory
 from app.engine.admission import PREFILL_CHUNK, admit, check_prompt
 from app.engine.answer import NOTHING
-from app.engine.batch import Batch, Emit, Launch, Row
+from app.engine.batch import Batch, Launch, Row
 from app.engine.constrained import allowed_tokens
 from app.engine.delivery import deliver
 from app.engine.prefix_cache import PrefixCache
 from app.engine.prefix_files import PrefixFiles, not_forgotten
 from app.engine.protocol import (
-    Event,
     GenerationRequest,
     LoadModel,
     ModelRef,
@@ -97,7 +96,7 @@ class Scheduler:
         self._in_flight: Launch | None = None
         self._residency = Residency(prefix_cache_bytes, prefix_files, memory_bytes, keep_alive_s)
         self._keep_alive = self._residency.keep_alive
-        self._outbox: list[tuple[Emit, Event]] = []
+        self._outbox: list[Callable[[], None]] = []
         self.on_idle: Callable[[], None] = lambda: None
         """Called when the model was unloaded because nobody used it."""
 
@@ -113,7 +112,7 @@ class Scheduler:
 
     def forget(self, chat: str, ended: Callable[[GryphonError | None], None]) -> None:
         """Drop what is kept of a chat's words; `ended` is told, on the MLX thread."""
-        self._inbox.put(lambda: ended(self._forget(chat)))
+        self._inbox.put(lambda: self._outbox.append(functools.partial(ended, self._forget(chat))))
 
     def save_prefixes(self, seconds: float) -> None:
         """Save what is kept for other requests; returns after this time at the latest."""
@@ -247,7 +246,7 @@ class Scheduler:
     def _enqueue(self, row: Row) -> None:
         request = row.request
         send = row.emit
-        row.emit = lambda event: self._outbox.append((send, event))
+        row.emit = lambda event: self._outbox.append(functools.partial(send, event))
         others = [waiting.request.model for waiting in self._queue]
         if self._resident is not None and self._holds_state:
             others.append(self._resident.ref)
@@ -537,8 +536,8 @@ class Scheduler:
         self._send_events()
 
     def _send_events(self) -> None:
-        for send, event in self._outbox:
-            send(event)
+        for send in self._outbox:
+            send()
         self._outbox.clear()
 
     def _publish(self) -> None:

@@ -76,14 +76,14 @@ def request(model: ModelRef, id: str, **fields: Any) -> GenerationRequest:
 def test_a_row_with_any_setting_is_the_same_alone_and_among_all_others(
     engine: Harness, models: dict[str, ModelRef], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine, met = Batch.launch, set[frozenset[str]]()
+    genuine, met = Batch.forward, set[frozenset[str]]()
 
-    def launch(self: Batch, model: Any) -> Any:
+    def forward(self: Batch, model: Any) -> Any:
         names = {row.request.id.rpartition(" ")[0] for row in self.rows}
         met.update(frozenset({one, other}) for one in names for other in names if one != other)
         return genuine(self, model)
 
-    monkeypatch.setattr(Batch, "launch", launch)
+    monkeypatch.setattr(Batch, "forward", forward)
     requests = {
         f"{name} {turn}": request(models[family], f"{name} {turn}", **fields)
         for turn in range(2)

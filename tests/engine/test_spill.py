@@ -22,6 +22,7 @@ from app.engine import prefix_files, residency
 from app.engine import resident as residing
 from app.engine import scheduler as scheduling
 from app.engine import spill as spilling
+from app.engine.memory import MemoryBudget
 from app.engine.prefix_cache import PrefixCache
 from app.engine.prefix_files import PrefixFiles
 from app.engine.protocol import ModelRef, Sampling
@@ -681,7 +682,9 @@ def test_what_lacked_layers_of_a_forgotten_chat_is_saved_again(
     checkpoints: dict[str, ModelRef], files: PrefixFiles
 ) -> None:
     """The shorter entry, another chat's, is in memory; the longer one, the chat's, is not."""
-    resident = residing.load_resident(checkpoints["zoo falcon_h1"], lambda *_: None)
+    model = checkpoints["zoo falcon_h1"]
+    plan = residing.plan_resident(model, MemoryBudget())
+    resident = residing.load_resident(model, plan, lambda *_: None)
     cache = PrefixCache(64 * MIB, spilling.Spill.open(files, resident))
     tokens = tokens_of(60)
     states = resident.loaded.make_cache()
