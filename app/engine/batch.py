@@ -191,23 +191,26 @@ class Launch:
         given = [self.tokens, self.is_nan, self.logprobs, self.top_ids, self.top_values]
         mx.async_eval([array for array in given if array is not None])
 
+    # What is read is read whole: to index an array is a computation of its own, which would wait
+    # for the step that was launched meanwhile.
+
     def token_ids(self) -> list[int]:
         """The tokens of all rows; waits for them."""
         return cast(list[int], self.tokens.tolist())
 
     def was_broken(self, index: int) -> bool:
         """Whether a row's token was drawn from what is no number, and so means nothing."""
-        return bool(self.is_nan[index].item())
+        return cast(list[bool], self.is_nan.tolist())[index]
 
     def logprobs_of(self, index: int, count: int) -> tuple[float, list[tuple[int, float]]]:
         """Logprob of a row's token, and of the `count` most likely ones with their ids."""
         assert self.logprobs is not None
         top: list[tuple[int, float]] = []
         if count and self.top_ids is not None and self.top_values is not None:
-            ids = cast(list[int], self.top_ids[index, :count].tolist())
-            values = cast(list[float], self.top_values[index, :count].tolist())
+            ids = cast(list[list[int]], self.top_ids.tolist())[index][:count]
+            values = cast(list[list[float]], self.top_values.tolist())[index][:count]
             top = list(zip(ids, values, strict=True))
-        return cast(float, self.logprobs[index].item()), top
+        return cast(list[float], self.logprobs.tolist())[index], top
 
 
 class Batch:

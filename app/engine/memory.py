@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -35,14 +36,15 @@ class MemoryBudget:
 
     def __init__(self, cap_bytes: int | None = None) -> None:
         self._cap = cap_bytes
-        self._looked_s = -1.0
+        self._looked_s = -math.inf
+        self._limit = 0
         self._reachable = 0
 
     @property
     def limit_bytes(self) -> int:
         """The budget if nothing else ran on this machine."""
-        limit = max(0, device_bytes() - RESERVE_BYTES)
-        return limit if self._cap is None else min(limit, self._cap)
+        self._look()
+        return self._limit
 
     def now_bytes(self, *, for_running: bool = False) -> int:
         """The budget now, what is held already included.
@@ -50,13 +52,19 @@ class MemoryBudget:
         Args:
             for_running: For rows that run already, which may use up half of the reserve.
         """
-        now = time.monotonic()
-        if not 0 <= now - self._looked_s < _LOOK_EVERY_S:
-            held = mx.get_active_memory() + mx.get_cache_memory()
-            self._reachable = held + machine.system_memory().free_bytes
-            self._looked_s = now
+        self._look()
         reserve = RESERVE_BYTES // 2 if for_running else RESERVE_BYTES
-        return max(0, min(self.limit_bytes, self._reachable - reserve))
+        return max(0, min(self._limit, self._reachable - reserve))
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_s < _LOOK_EVERY_S:
+            return
+        self._looked_s = now
+        held = mx.get_active_memory() + mx.get_cache_memory()
+        self._reachable = held + machine.system_memory().free_bytes
+        limit = max(0, device_bytes() - RESERVE_BYTES)
+        self._limit = limit if self._cap is None else min(limit, self._cap)
 
 
 def device_bytes() -> int:
