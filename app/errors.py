@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from app.printable import printable
+
+_MAX_CHARACTERS = 4000
+
+
+def readable(message: str) -> str:
+    """What can be sent and shown of a message. It may quote what others wrote, such as a file's
+    name, which need be neither short nor text nor harmless to a terminal."""
+    if len(message) > _MAX_CHARACTERS:
+        message = f"{message[:_MAX_CHARACTERS]} ..."
+    return printable(message.encode("utf-8", "backslashreplace").decode())
+
 
 class GryphonError(Exception):
     """An expected failure, shown as one clear sentence and never as a traceback.
@@ -12,6 +24,7 @@ class GryphonError(Exception):
     """
 
     def __init__(self, code: str, message: str, *, retry_after: float | None = None) -> None:
+        message = readable(message)
         super().__init__(message)
         self.code = code
         self.message = message

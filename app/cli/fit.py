@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 
+from app.cli.terminal import one_line
 from app.engine.client import EngineClient
 from app.engine.protocol import EngineStatus
 from app.errors import GryphonError
@@ -65,7 +66,7 @@ def _describe(model: InstalledModel, answer: Fit) -> str:
         ("figures", _BASES[held.basis]),
         ("verdict", f"{model.name} {_verdict(answer)}"),
     ]
-    return "\n".join(f"{name:<16} {value}" for name, value in rows)
+    return "\n".join(f"{name:<16} {one_line(value)}" for name, value in rows)
 
 
 def _verdict(answer: Fit) -> str:

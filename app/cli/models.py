@@ -10,7 +10,7 @@ import sys
 
 from app.cli.fit import show_fit
 from app.cli.pull import pull_embedded
-from app.cli.terminal import can_ask, confirm, human_bytes, table
+from app.cli.terminal import can_ask, confirm, human_bytes, one_line, table
 from app.errors import GryphonError
 from app.library import embedded
 from app.library.details import describe
@@ -103,7 +103,8 @@ def show(arguments: argparse.Namespace) -> int:
         ("path", model.path),
         ("adapter", model.adapter),
     ]
-    print("\n".join(f"{name:<14} {value}" for name, value in rows if value is not None))
+    lines = [f"{name:<14} {one_line(str(value))}" for name, value in rows if value is not None]
+    print("\n".join(lines))
     return 0
 
 

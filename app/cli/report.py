@@ -15,7 +15,7 @@ import msgspec
 
 from app import __version__, paths
 from app.cli import kernels
-from app.cli.terminal import human_bytes, printable
+from app.cli.terminal import human_bytes, one_line
 from app.engine.client import EngineClient
 from app.engine.protocol import EngineStatus, RequestStatus
 from app.errors import GryphonError
@@ -61,7 +61,7 @@ def _describe(status: EngineStatus) -> str:
         ("device", f"{status.device}: {status.backend_note}"),
         ("engine", f"process {status.pid}, up {status.uptime_s:.0f} s, gryphon {status.gryphon}"),
     ]  # fmt: skip
-    lines = [f"{name:<9} {value}" for name, value in rows]
+    lines = [f"{name:<9} {one_line(value)}" for name, value in rows]
     return "\n".join([*lines, *_table(status.requests)])
 
 
@@ -74,7 +74,7 @@ def _table(requests: list[RequestStatus]) -> list[str]:
     ]
     cells += [
         (
-            *(printable(text) for text in (one.id, one.client, one.model, one.phase)),
+            *(one_line(text) for text in (one.id, one.client, one.model, one.phase)),
             *(str(n) for n in (one.prompt_tokens, one.cached_tokens, one.generated_tokens)),
             f"{one.seconds:.0f} s",
         )
@@ -108,7 +108,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         for section, values in report.items():
             print(section if values else f"{section}\n  none")
             for name, value in values.items():
-                print(f"  {name:<16} {value}")
+                print(f"  {name:<16} {one_line(str(value))}")
     return 1 if report["problems"] else 0
 
 

@@ -13,7 +13,7 @@ import msgspec
 from app.cli import RUN_MAX_TOKENS
 from app.cli.constraint import constraint_of
 from app.cli.models import model_for
-from app.cli.terminal import StatusLine, Thinking, bar
+from app.cli.terminal import StatusLine, Thinking, bar, write_answer
 from app.engine.client import EngineClient
 from app.engine.protocol import (
     MAX_FRAME_BYTES,
@@ -173,13 +173,13 @@ def _show(event: Event, line: StatusLine, thinking: Thinking | None) -> None:
     elif isinstance(event, Token):
         line.clear()
         _show_thinking(event, thinking)
-        sys.stdout.write(event.text)
+        write_answer(event.text)
         sys.stdout.flush()
     elif isinstance(event, (Finished, Failed)):
         line.clear()
         if isinstance(event, Finished):
             _show_thinking(event, thinking)
-            sys.stdout.write(event.text + "\n")
+            write_answer(event.text + "\n")
 
 
 def _show_thinking(event: Token | Finished, thinking: Thinking | None) -> None:

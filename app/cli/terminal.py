@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from app.errors import GryphonError
+from app.printable import printable
 
 
 class StatusLine:
@@ -20,7 +21,8 @@ class StatusLine:
     def show(self, text: str) -> None:
         if self._enabled:
             size = shutil.get_terminal_size()
-            lines = [line[: size.columns - 1] for line in text.split("\n")][: size.lines - 1]
+            lines = [one_line(line)[: size.columns - 1] for line in text.split("\n")]
+            lines = lines[: size.lines - 1]
             sys.stderr.write(self._cleared() + "\n".join(lines))
             sys.stderr.flush()
             self._lines = len(lines)
@@ -46,7 +48,7 @@ class Thinking:
 
     def show(self, text: str) -> None:
         if text:
-            sys.stderr.write(f"\x1b[2m{text}\x1b[22m" if self._is_dim else text)
+            sys.stderr.write(f"\x1b[2m{printable(text)}\x1b[22m" if self._is_dim else text)
             sys.stderr.flush()
             self._shown = True
 
@@ -56,6 +58,11 @@ class Thinking:
             sys.stderr.write("\n\n")
             sys.stderr.flush()
             self._shown = False
+
+
+def write_answer(text: str) -> None:
+    """Write what a model wrote: as it is, but nothing that a terminal would obey."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
 
 
 def bar(done: int, total: int, width: int = 24) -> str:
@@ -76,7 +83,7 @@ def human_bytes(count: float) -> str:
     return f"{amount:.1f} {unit}" if amount < 10 else f"{amount:.0f} {unit}"
 
 
-def printable(text: str) -> str:
+def one_line(text: str) -> str:
     """Text that others chose, on one line and without what a terminal would obey."""
     return "".join(char if char.isprintable() else "�" for char in text)
 
@@ -109,7 +116,7 @@ def can_ask() -> bool:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned left under their names."""
-    lines = [tuple(header), *(tuple(row) for row in rows)]
+    lines = [tuple(header), *(tuple(map(one_line, row)) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

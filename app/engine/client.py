@@ -22,10 +22,12 @@ import app
 from app import paths
 from app.engine.prefix_files import forget_without_engine
 from app.engine.protocol import (
+    MAX_REQUEST_ID,
     PROTOCOL_VERSION,
     Accepted,
     Cancel,
     Command,
+    DraftModel,
     EngineStatus,
     Event,
     Failed,
@@ -191,11 +193,22 @@ def _restarting(deaths: Backoff) -> GryphonError:
     )
 
 
-def _crashes_engine(model: ModelRef, deaths: Backoff) -> GryphonError:
+Loads = tuple[ModelRef, ModelRef | None]
+"""What a request has loaded: its model, and the one that drafts for it."""
+
+
+def _loads_of(command: GenerationRequest | LoadModel) -> Loads:
+    speculation = command.speculation if isinstance(command, GenerationRequest) else None
+    drafting = speculation.model if isinstance(speculation, DraftModel) else None
+    return command.model, drafting
+
+
+def _crashes_engine(loads: Loads, deaths: Backoff) -> GryphonError:
     wait_s = max(1, math.ceil(deaths.remaining_s))
+    names = " with ".join(model.name for model in loads if model is not None)
     return GryphonError(
         "model_crashes_engine",
-        f"The engine ended while loading {model.name}, {deaths.failures} times in a row, so it is "
+        f"The engine ended while loading {names}, {deaths.failures} times in a row, so it is "
         f"not loaded again for {wait_s} s. It may need more memory than there is, or its files may "
         f"be damaged. Choose another model meanwhile; the log may say more: {paths.engine_log()}",
         retry_after=wait_s,
@@ -204,9 +217,9 @@ def _crashes_engine(model: ModelRef, deaths: Backoff) -> GryphonError:
 
 @dataclass
 class _Stream:
-    """What somebody here waits for: events, and of which model; None for a status."""
+    """What somebody here waits for: events, and of which models; None for a status."""
 
-    model: ModelRef | None = None
+    loads: Loads | None = None
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
 
 
@@ -242,8 +255,8 @@ class EngineClient:
         self._attached_s = 0.0
         self._deaths = Backoff(first_s=1.0, cap_s=30.0)
         """Of the engine, without an answer between them."""
-        self._load_deaths: dict[ModelRef, Backoff] = {}
-        self._loading: tuple[str, ModelRef] | None = None
+        self._load_deaths: dict[Loads, Backoff] = {}
+        self._loading: tuple[str, Loads] | None = None
         """The load under way as far as we were told, with the request that it is for. A death that
         comes before the news of its load counts against the engine alone."""
 
@@ -377,13 +390,18 @@ class EngineClient:
             del self._streams[command.id]
 
     async def _run(self, command: GenerationRequest | LoadModel) -> AsyncIterator[Event]:
+        message = ""
         if command.id in self._streams or command.id in self._unsent:
             message = f"A request with id {command.id!r} is running already."
+        elif len(command.id) > MAX_REQUEST_ID:
+            message = f"The id of a request may have {MAX_REQUEST_ID} characters at most."
+        if message:
             yield Failed(command.id, "invalid_request", message)
             return
+        loads = _loads_of(command)
         try:
             frame = encode_frame(command)
-            self._check_loads(command.model)
+            self._check_loads(loads)
             # Again if the engine died at once: what ended the streams there did not know of this.
             while self._writer is None:
                 if await self._started(command.id):
@@ -393,7 +411,7 @@ class EngineClient:
             yield Failed(command.id, error.code, error.message, error.retry_after)
             return
         events = asyncio.Queue[Event]()
-        self._streams[command.id] = _Stream(command.model, events)
+        self._streams[command.id] = _Stream(loads, events)
         ended = False
         try:
             self._write(frame)
@@ -406,10 +424,10 @@ class EngineClient:
             if not ended:
                 self._send(Cancel(command.id))
 
-    def _check_loads(self, model: ModelRef) -> None:
-        deaths = self._load_deaths.get(model)
+    def _check_loads(self, loads: Loads) -> None:
+        deaths = self._load_deaths.get(loads)
         if deaths is not None and deaths.remaining_s:
-            raise _crashes_engine(model, deaths)
+            raise _crashes_engine(loads, deaths)
 
     async def _started(self, request_id: str) -> bool:
         """Start the engine for a request; True when the request was cancelled meanwhile."""
@@ -471,7 +489,7 @@ class EngineClient:
                 if isinstance(event, Welcome):
                     continue
                 stream = self._streams.get(event.id)
-                self._learn(event, event.id, stream.model if stream is not None else None)
+                self._learn(event, event.id, stream.loads if stream is not None else None)
                 if stream is not None:
                     stream.events.put_nowait(event)
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
@@ -493,11 +511,11 @@ class EngineClient:
             "Nothing you wrote is lost: try again.",
         )
 
-    def _learn(self, event: Event, request_id: str, model: ModelRef | None) -> None:
+    def _learn(self, event: Event, request_id: str, loads: Loads | None) -> None:
         """Keep what tells later why the engine died, and that it works."""
         if isinstance(event, Progress) and event.phase == "load":
-            if model is not None:
-                self._loading = request_id, model
+            if loads is not None:
+                self._loading = request_id, loads
             return
         if self._loading is not None and self._loading[0] == request_id:
             self._loading = None
@@ -506,8 +524,8 @@ class EngineClient:
             is_loaded = True
             if event.usage.completion_tokens:
                 self._deaths.succeeded()
-        if is_loaded and model is not None:
-            self._load_deaths.pop(model, None)
+        if is_loaded and loads is not None:
+            self._load_deaths.pop(loads, None)
 
     def _note_death(self) -> None:
         """Count the death of the engine, and against the model it was loading."""
@@ -516,9 +534,9 @@ class EngineClient:
             self._deaths.succeeded()
         self._deaths.failed()
         if self._loading is not None:
-            _, model = self._loading
+            _, loads = self._loading
             new = Backoff(first_s=30.0, cap_s=600.0)
-            self._load_deaths.setdefault(model, new).failed()
+            self._load_deaths.setdefault(loads, new).failed()
             self._loading = None
 
     def _fail_streams(self, code: str, message: str) -> None:

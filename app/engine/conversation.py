@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -157,11 +157,15 @@ def check_options(options: Mapping[str, Any]) -> None:
 def parsed_arguments(text: str) -> dict[str, Any] | None:
     """The object that JSON text stands for; None for anything else."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_constant)
         sound = isinstance(value, dict) and depth_of(value) <= MAX_JSON_DEPTH
     except (ValueError, RecursionError):
         return None
     return value if sound else None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def depth_of(value: Any) -> int:
@@ -186,7 +190,9 @@ def _json_size(value: Any, what: str) -> int:
             f"{what} may have {MAX_JSON_DEPTH} levels at most, and {MAX_JSON_VALUES} values."
         )
     try:
-        return len(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        # Sorted, as the engine writes options to compare them: keys of several types have no order.
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True)
+        return len(text.encode())
     except (TypeError, ValueError) as error:
         raise _invalid(f"{what} must be JSON: {error}.") from error
 

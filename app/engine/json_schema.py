@@ -30,6 +30,8 @@ _ANNOTATIONS = {
 }
 _KNOWN = _ONE | _LIST | _NAMED | _PLAIN | _ANNOTATIONS
 _MOST_DEEP = 100
+# Characters of a key, or of the place of one, in a message.
+_MOST_SHOWN = 100
 
 
 def check_keywords(schema: dict[str, Any]) -> None:
@@ -53,9 +55,10 @@ def check_keywords(schema: dict[str, Any]) -> None:
 
 def _check_own(place: str, schema: dict[str, Any]) -> None:
     for key, value in schema.items():
-        where = f"{place}/{key}"
+        where = _inside(place, key)
         if key == "x-guidance" or not (key in _KNOWN or key.startswith("x-")):
-            raise _refused(where, f"{key!r} cannot be enforced; leave it out or say it otherwise")
+            what = repr(key[:_MOST_SHOWN])
+            raise _refused(where, f"{what} cannot be enforced; leave it out or say it otherwise")
         if key == "items" and isinstance(value, list):
             raise _refused(where, "a list of schemas is called prefixItems now")
         if key in ("exclusiveMinimum", "exclusiveMaximum") and isinstance(value, bool):
@@ -69,17 +72,24 @@ def _check_own(place: str, schema: dict[str, Any]) -> None:
 
 def _below(place: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in schema.items():
-        where = f"{place}/{key}"
+        where = _inside(place, key)
         if key in _ONE:
             yield where, value
         elif key in _LIST:
             if not isinstance(value, list):
                 raise _refused(where, "it must be a list of schemas")
-            yield from ((f"{where}/{i}", below) for i, below in enumerate(value))
+            yield from ((_inside(where, str(i)), below) for i, below in enumerate(value))
         elif key in _NAMED:
             if not isinstance(value, dict):
                 raise _refused(where, "it must be an object of schemas")
-            yield from ((f"{where}/{name}", below) for name, below in value.items())
+            yield from ((_inside(where, name), below) for name, below in value.items())
+
+
+def _inside(place: str, name: str) -> str:
+    """A place for people. Of bounded length: there are as many as there are schemas."""
+    if len(place) > _MOST_SHOWN:
+        return place if place.endswith("/...") else f"{place}/..."
+    return f"{place}/{name[:_MOST_SHOWN]}"
 
 
 def _refused(place: str, why: str) -> GryphonError:

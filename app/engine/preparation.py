@@ -24,7 +24,7 @@ import msgspec
 
 from app.engine.answer_parts import PLAIN, AnswerFormat
 from app.engine.conversation import Message, Tool, ToolCallPart
-from app.errors import GryphonError
+from app.errors import GryphonError, readable
 from app.settings import child_environment
 
 # A template can multiply strings; beyond this the process fails alone.
@@ -211,6 +211,10 @@ def _likely_conversations(
     return others
 
 
+def _failed(code: str, message: str) -> Prepared:
+    return Prepared(error=(code, readable(message)))
+
+
 def _serve(requests: BinaryIO, answers: BinaryIO, time_limit_s: float) -> None:
     from mlxmodels.errors import ModelError
 
@@ -222,11 +226,11 @@ def _serve(requests: BinaryIO, answers: BinaryIO, time_limit_s: float) -> None:
             tokens, boundaries, format, notice = prompts.tokenized(prompt)
             answer = Prepared(array.array("i", tokens).tobytes(), boundaries, format, notice)
         except GryphonError as error:
-            answer = Prepared(error=(error.code, error.message))
+            answer = _failed(error.code, error.message)
         except ModelError as error:
-            answer = Prepared(error=("invalid_model", str(error)))
+            answer = _failed("invalid_model", str(error))
         except (OSError, json.JSONDecodeError) as error:
-            answer = Prepared(error=("invalid_model", f"The model cannot be read: {error}"))
+            answer = _failed("invalid_model", f"The model cannot be read: {error}")
         signal.setitimer(signal.ITIMER_REAL, 0)
         body = msgspec.msgpack.encode(answer)
         answers.write(struct.pack(">I", len(body)) + body)

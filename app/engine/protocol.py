@@ -2,7 +2,8 @@
 
 One frame is a 4-byte big-endian length and that many bytes of MessagePack: a tagged `Command`
 towards the engine, a tagged `Event` from it. One connection carries any number of requests, told
-apart by an `id` the client chooses. Every request ends in exactly one `Finished` or `Failed`.
+apart by an `id` of at most `MAX_REQUEST_ID` characters that the client chooses. Every request ends
+in exactly one `Finished` or `Failed`.
 No MLX here, nor anything that imports it.
 """
 
@@ -106,7 +107,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] | None = None
     """Added to the logits of these token ids: -100 to 100, at most `MAX_LOGIT_BIAS` of them."""
     seed: int | None = None
-    """Same seed, prompt and model: same tokens, alone or in a batch. None draws one."""
+    """Same seed, prompt and model: same tokens, alone or in a batch. None draws one. Where the
+    prompt goes on from states that were kept, those may differ in their last bits from states
+    computed anew, because the prompt was read in other pieces: enough to decide between two tokens
+    that are equally likely up to rounding."""
 
 
 HOUSE_SAMPLING = Sampling(
@@ -176,7 +180,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     once, a negative number or infinity never. None: as GRYPHON_KEEP_ALIVE says."""
 
 
+MAX_REQUEST_ID = 200
+MAX_MODEL_NAME = 400
+MAX_PATH = 4096
 MAX_STOP_STRINGS = 16
+# Text is compared with their beginnings at every token.
+MAX_STOP_CHARACTERS = 1024
 MAX_CLIENT_CHARACTERS = 200
 MAX_CHAT_ID = 200
 # OpenAI documents no limit; this is more than clients send and cheap to add at every step.
@@ -206,6 +215,7 @@ def check_request(request: GenerationRequest) -> None:
             "invalid_request",
             "tools and template_options are for the chat template: give messages, not a prompt.",
         )
+    check_model(request.model)
     check_messages(request.messages or [])
     check_tools(request.tools, request.tool_choice)
     check_options(request.template_options)
@@ -229,6 +239,11 @@ def check_request(request: GenerationRequest) -> None:
         )
     if "" in request.stop:
         raise GryphonError("invalid_request", "stop holds an empty string, which ends everything.")
+    if (longest := max(map(len, request.stop), default=0)) > MAX_STOP_CHARACTERS:
+        raise GryphonError(
+            "invalid_request",
+            f"A stop string may have {MAX_STOP_CHARACTERS} characters at most, got {longest}.",
+        )
     if len(request.client) > MAX_CLIENT_CHARACTERS:
         raise GryphonError(
             "invalid_request",
@@ -263,6 +278,8 @@ def _check_alone(request: GenerationRequest) -> None:
 def _check_speculation(speculation: PromptLookup | DraftModel | None) -> None:
     if speculation is None:
         return
+    if isinstance(speculation, DraftModel):
+        check_model(speculation.model)
     bounds = {"tokens": (speculation.tokens, MAX_DRAFT_TOKENS)}
     if isinstance(speculation, PromptLookup):
         bounds["ngram"] = (speculation.ngram, MAX_LOOKUP_NGRAM)
@@ -270,6 +287,26 @@ def _check_speculation(speculation: PromptLookup | DraftModel | None) -> None:
         if not 1 <= value <= most:
             raise GryphonError(
                 "invalid_request", f"speculation.{name} must be 1 to {most}, got {value}."
+            )
+
+
+def check_model(model: ModelRef) -> None:
+    """Refuse what names no model.
+
+    Raises:
+        GryphonError: "invalid_request".
+    """
+    if len(model.name) > MAX_MODEL_NAME:
+        raise GryphonError(
+            "invalid_request",
+            f"A model's name may have {MAX_MODEL_NAME} characters at most, got {len(model.name)}.",
+        )
+    for path in (model.path, model.adapter):
+        if len(path) > MAX_PATH or "\0" in path:
+            raise GryphonError(
+                "invalid_request",
+                f"A model's directory must be a path of {MAX_PATH} characters at most, without "
+                "zero bytes.",
             )
 
 

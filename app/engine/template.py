@@ -20,6 +20,9 @@ import jinja2.sandbox
 from app.errors import GryphonError
 from mlxmodels.tokenizer import Tokenizer
 
+# Of what a template says of its failure, which may quote the conversation.
+_MAX_SAID = 500
+
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
@@ -79,11 +82,14 @@ class ChatTemplate:
         self._tokens = {"bos_token": "", "eos_token": "", **special_tokens}
         try:
             self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
+        except Exception as error:  # what is nested too deeply fails Python's compiler
+            line = getattr(error, "lineno", None)
+            where = "" if line is None else f"line {line}: "
             raise GryphonError(
                 "template_error",
-                f"The model's chat template is not valid Jinja (line {error.lineno}: "
-                f"{error.message}). Use a plain completion, or another build of this model.",
+                f"The model's chat template is not valid Jinja ({where}"
+                f"{str(error)[:_MAX_SAID] or type(error).__name__}). Use a plain completion, or "
+                "another build of this model.",
             ) from error
 
     def render(
@@ -118,7 +124,7 @@ class ChatTemplate:
             raise GryphonError(
                 "template_error",
                 f"The model's chat template does not accept this conversation: "
-                f"{error or type(error).__name__}",
+                f"{str(error)[:_MAX_SAID] or type(error).__name__}",
             ) from error
 
 

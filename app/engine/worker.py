@@ -33,6 +33,7 @@ from app.engine.prefix_files import PrefixFiles
 from app.engine.preparation import Prompt, TokenizedPrompt
 from app.engine.preparation_pool import PreparationPool
 from app.engine.protocol import (
+    MAX_REQUEST_ID,
     PROTOCOL_VERSION,
     Accepted,
     Cancel,
@@ -49,11 +50,12 @@ from app.engine.protocol import (
     Welcome,
     check_chat,
     check_keep_alive,
+    check_model,
     check_request,
     encode_frame,
     read_command,
 )
-from app.errors import GryphonError
+from app.errors import GryphonError, readable
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ class Connection:
         self._engine = engine
         self._writer = writer
         self.rows: dict[str, Row] = {}
+        self.forgetting: set[str] = set()
+        """Ids of chats' purges under way."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def send(self, event: Event) -> None:
@@ -92,6 +96,8 @@ class Connection:
             logger.warning("a client does not read its events; disconnecting it")
             self._writer.transport.abort()
             return
+        if isinstance(event, Failed):
+            event = msgspec.structs.replace(event, message=readable(event.message))
         self._writer.write(encode_frame(event))
 
     async def serve(self, reader: asyncio.StreamReader) -> None:
@@ -100,16 +106,18 @@ class Connection:
         try:
             while True:
                 command = await read_command(reader)
+                if len(command.id) > MAX_REQUEST_ID:
+                    raise ValueError(f"an id has {len(command.id)} characters")
                 if isinstance(command, GetStatus):
                     self._write(self._engine.status(command.id))
                 elif isinstance(command, Cancel):
                     self._cancel(command.id)
-                elif isinstance(command, ForgetChat):
-                    self._forget(command)
-                elif command.id in self._tasks or command.id in self.rows:
+                elif command.id in self.rows.keys() | self._tasks.keys() | self.forgetting:
                     message = f"A request with id {command.id!r} is running already."
                     self._engine.ledger.refused("invalid_request")
                     self._write(Failed(command.id, "invalid_request", message))
+                elif isinstance(command, ForgetChat):
+                    self._forget(command)
                 else:
                     self._engine.ledger.began(self.name, command)
                     if isinstance(command, LoadModel):
@@ -127,6 +135,7 @@ class Connection:
 
     def _load(self, request: LoadModel) -> None:
         try:
+            check_model(request.model)
             check_keep_alive(request)
         except GryphonError as error:
             self.send(Failed(request.id, error.code, error.message))
@@ -198,6 +207,7 @@ class Connection:
         except GryphonError as error:
             self.send(Failed(command.id, error.code, error.message))
         else:
+            self.forgetting.add(command.id)
             self._engine.scheduler.forget(command.chat, ended)
 
     def _cancel(self, request_id: str) -> None:
@@ -240,6 +250,7 @@ class Engine:
     def _deliver(self, connection: Connection, event: Event) -> None:
         if isinstance(event, (Finished, Failed)):
             connection.rows.pop(event.id, None)
+            connection.forgetting.discard(event.id)
         if isinstance(event, Accepted) and self._backend.kind == "reference":
             notice = " ".join(filter(None, [self._backend.note, event.notice]))
             event = msgspec.structs.replace(event, notice=notice)

@@ -24,7 +24,7 @@ from mlxmodels.errors import ModelError
 
 BASE_FILE = "base.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")
 
 
 def with_adapter(model: InstalledModel, path: Path, name: str) -> InstalledModel:
@@ -128,6 +128,9 @@ def remove(name: str) -> None:
     """
     for path in _directories():
         if name in (path.name, f"{_base_of(path)}+{path.name}"):
+            if path.is_symlink():
+                path.unlink()  # what it links to is not ours
+                return
             hidden = path.with_name(f".{path.name}.removed")
             shutil.rmtree(hidden, ignore_errors=True)
             path.rename(hidden)  # gone at once, whatever happens to its files

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cli import report
+from app.cli import report, terminal
 from app.engine.protocol import RequestStatus
 from mlxmodels.footprint import footprint
 
@@ -439,6 +439,30 @@ def test_ps_shows_names_that_others_chose_without_what_a_terminal_obeys() -> Non
     (_, heading, row) = report._table([request])
     assert row.startswith("�[2Ja�b  me") and row.endswith("1 s")
     assert len(heading) == len(row)
+
+
+def test_what_a_models_files_say_is_shown_without_what_a_terminal_obeys(tiny: Path) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    obeyed = "x\x1b]0;taken\x07\x9b2J"
+    (tiny / "config.json").write_text(json.dumps(config | {"model_type": obeyed}))
+    (tiny / "README.md").write_text(f"---\nlicense: {obeyed}\n---\n")
+    for words in (["list"], ["show"], ["run", "-m", "tiny", "Hi"]):
+        done = gryphon(*words)
+        assert not set("\x1b\x07\x9b") & set(done.stdout + done.stderr), words
+        assert "taken" in done.stdout + done.stderr
+
+
+def test_an_answer_on_a_terminal_cannot_give_it_orders(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal.write_answer("a\x1b[2J\n")  # a file gets what the model wrote
+    assert capsys.readouterr().out == "a\x1b[2J\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    terminal.write_answer("a\x1b[2J\tb\n")
+    terminal.Thinking().show("c\x1b[2J")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("a␛[2J\tb\n", "\x1b[2mc␛[2J\x1b[22m")
 
 
 def test_no_wait_refuses_while_another_model_answers(endless: None, tiny: Path) -> None:

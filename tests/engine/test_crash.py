@@ -21,6 +21,7 @@ from app.engine import client as client_module
 from app.engine.client import Backoff, EngineClient
 from app.engine.protocol import (
     Accepted,
+    DraftModel,
     Event,
     Failed,
     Finished,
@@ -361,6 +362,14 @@ async def test_a_model_that_crashes_the_engine_when_it_loads_is_not_loaded_in_a_
     end = only_end(await collect(client.load(models["bomb"])))
     assert isinstance(end, Failed) and end.code == "model_crashes_engine"
     assert loads.read_text() == "xx"
+    # One that would only have drafted for another does not keep that from answering.
+    drafted = DraftModel(models["bomb"])
+    for code in ("engine_crashed", "engine_crashed", "model_crashes_engine"):
+        guessing = request(models["griffin"], speculation=drafted)
+        end = only_end(await collect(client.stream(guessing)))
+        assert isinstance(end, Failed) and end.code == code
+    assert "griffin with bomb" in end.message
+    await answer(client, models["griffin"])
 
 
 PARENT = """

@@ -60,8 +60,10 @@ async def test_prompts_at_once_each_get_their_own_answer(preparer: Preparer, mod
         ("{{ 'a' * 40000000000 }}", "template_error"),
         ("{{ raise_exception('No.') }}", "template_error"),
         ("{% if %}", "template_error"),
+        ("{{ " + "[" * 300 + "]" * 300 + " }}", "template_error"),
+        ("{{ raise_exception('\\ud800') }}", "template_error"),
     ],
-    ids=["endless", "memory", "refusing", "broken"],
+    ids=["endless", "memory", "refusing", "broken", "nested", "no text"],
 )  # fmt: skip
 async def test_a_bad_template_fails_its_prompt_and_no_other(
     preparer: Preparer, model: Path, source: str, code: str

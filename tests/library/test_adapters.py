@@ -133,3 +133,21 @@ def test_no_name_from_a_request_reaches_a_path(models: Path, tmp_path: Path) -> 
         with pytest.raises(GryphonError) as caught:
             find_model(name)
         assert caught.value.code == "model_not_found"
+
+
+def test_a_layer_without_end_in_a_name_keeps_no_model_from_the_list(models: Path) -> None:
+    """int() refuses more than 4300 digits."""
+    path = write_adapter(paths.adapters_dir() / "odd")
+    (path / "base.json").write_text(json.dumps({"base": "base"}))
+    name = f"model.layers.{'9' * 5000}.mlp.up_proj.lora_a"
+    write_safetensors(path / "adapters.safetensors", {name: ("F32", [4, 2], 32)})
+    assert "base" in names()
+
+
+def test_a_link_among_the_adapters_is_removed_and_what_it_links_to_stays(
+    models: Path, tmp_path: Path
+) -> None:
+    mine = write_adapter(tmp_path / "mine")
+    (paths.adapters_dir() / "linked").symlink_to(mine)
+    adapters.remove("linked")
+    assert not [*paths.adapters_dir().iterdir()] and len([*mine.iterdir()]) == 2

@@ -9,10 +9,10 @@ import pytest
 
 from app.engine.protocol import Message, Progress
 from app.history.store import History
+from app.printable import printable
 from app.tui.answering import describe
 from app.tui.chat import Chat
 from app.tui.pace import LONGEST_S, SHARE, SHORTEST_S, Pace
-from app.tui.printable import printable
 from app.tui.session import Session
 from app.tui.widgets.status_bar import Status, lay_out
 

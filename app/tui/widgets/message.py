@@ -12,7 +12,7 @@ from textual.containers import Vertical
 from textual.widgets import Markdown, Static
 
 from app.history.records import StoredMessage
-from app.tui.printable import printable
+from app.printable import printable
 
 
 class UserMessage(Static):

@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import TextArea
 
-from app.tui.printable import printable
+from app.printable import printable
 
 # Terminals without the Kitty protocol cannot tell Shift+Enter from Enter, hence the others.
 NEWLINE_KEYS = ("shift+enter", "ctrl+j", "alt+enter")
