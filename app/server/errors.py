@@ -39,6 +39,7 @@ _STATUS = {
     "queue_full": 503,
     "out_of_memory": 503,
     "engine_restarting": 503,
+    "engine_stopped": 503,
     "model_crashes_engine": 503,
     "cancelled": 503,
 }

@@ -258,7 +258,10 @@ def router(backend: Backend) -> APIRouter:
         generation = GenerationRequest(
             id=f"chatcmpl-{uuid.uuid4().hex}",
             model=model.ref,
-            messages=[Message(one.role, one.content) for one in fields.messages],
+            messages=[
+                Message(one.role, one.content, one.reasoning_content or "")
+                for one in fields.messages
+            ],
             sampling=fields.sampling,
             max_tokens=fields.token_limit,
             stop=fields.stop or [],

@@ -4,20 +4,20 @@
 |---|---|---|
 | model, temperature, top_p, seed, stop (≤ 16), stream, stream_options.include_usage | honoured | honoured |
 | top_k, min_p (not OpenAI's) | honoured | honoured |
-| messages (system, developer, user, assistant; text) | honoured | unknown |
+| messages (system, developer, user, assistant; text; the assistant's reasoning_content) | honoured | unknown |
 | prompt (text or token ids, one) | unknown | honoured |
 | max_tokens | honoured | honoured |
 | max_completion_tokens | honoured | unknown |
 | logprobs | bool, with top_logprobs 0..20 | 0..20 |
 | user, store, metadata, service_tier, safety_identifier, prompt_cache_key, prompt_cache_retention | no effect | no effect |
-| parallel_tool_calls, reasoning_effort, prediction; `name` and `cache_control` in messages | no effect | unknown |
+| parallel_tool_calls, prediction; `name` and `cache_control` in messages | no effect | unknown |
 | n = 1, penalties = 0, logit_bias = {} | neutral only | neutral only |
-| tools, functions = []; tool_choice, function_call = none, auto; response_format = text; modalities = [text]; verbosity = medium; audio, web_search_options = null | neutral only | unknown |
+| tools, functions = []; tool_choice, function_call = none, auto; response_format = text; modalities = [text]; verbosity, reasoning_effort = medium; audio, web_search_options = null | neutral only | unknown |
 | best_of = 1, echo = false, suffix = "" | unknown | neutral only |
 | anything else | unknown | unknown |
 
-"No effect" can change nothing here: there are no tools to call in parallel, no reasoning models,
-no accounts, and prefix reuse needs no key. "Neutral only" and "unknown" are refused with 400.
+"No effect" can change nothing here: there are no tools to call in parallel, no accounts, and prefix
+reuse needs no key. "Neutral only" and "unknown" are refused with 400.
 Without `temperature` and the like the model's own recommendation holds (`engine.protocol.Sampling`),
 as in the other faces; without a token limit an answer may fill what is left of the context.
 """  # noqa: E501
@@ -64,7 +64,7 @@ def _role(role: str) -> str:
     if role in ("tool", "function"):
         raise refuse(
             "unsupported_value",
-            "{path} = {value} is not supported yet: Gryphon's models cannot call tools",
+            "{path} = {value} is not supported: this endpoint does not offer tools yet",
             value=shown(role),
         )
     if role not in _ROLES:
@@ -170,6 +170,18 @@ class ChatMessage(Fields):
         str, AfterValidator(_role), WithJsonSchema({"type": "string", "enum": list(_ROLES)})
     ]
     content: Annotated[str, BeforeValidator(_joined_text)]
+    reasoning_content: str | None = None
+    """What the model thought before it, as our own answers say it; the template decides."""
+
+    @model_validator(mode="after")
+    def _only_the_assistant_reasons(self) -> ChatMessage:
+        if self.reasoning_content and self.role != "assistant":
+            raise refuse(
+                "invalid_value",
+                "{path} is for the role assistant alone",
+                field="reasoning_content",
+            )
+        return self
 
 
 class GenerationFields(Fields):
@@ -202,7 +214,7 @@ class GenerationFields(Fields):
 class ChatFields(GenerationFields):
     """Body of `POST /v1/chat/completions`."""
 
-    without_effect = _WITHOUT_EFFECT | {"parallel_tool_calls", "reasoning_effort", "prediction"}
+    without_effect = _WITHOUT_EFFECT | {"parallel_tool_calls", "prediction"}
     only_neutral = _ONLY_NEUTRAL | {
         "tools": ([],),
         "tool_choice": ("none", "auto"),
@@ -211,6 +223,7 @@ class ChatFields(GenerationFields):
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "verbosity": ("medium",),
+        "reasoning_effort": ("medium",),
         "audio": (),
         "web_search_options": (),
     }

@@ -58,7 +58,8 @@ def test_messages(server: Server, engine: ScriptedEngine) -> None:
         },
         # An answer of ours, sent back as it came.
         {"role": "assistant", "content": "c", "refusal": None, "tool_calls": []},
-        {"role": "user", "content": ""},
+        {"role": "user", "content": "", "reasoning_content": None},
+        {"role": "assistant", "content": "d", "reasoning_content": "Hm."},
     ]
     assert server.post(CHAT, chat() | {"messages": messages}).status == 200
     request = engine.requests[0]
@@ -67,6 +68,7 @@ def test_messages(server: Server, engine: ScriptedEngine) -> None:
         Message("user", "a b"),
         Message("assistant", "c"),
         Message("user", ""),
+        Message("assistant", "d", "Hm."),
     ]
     assert request.prompt is None and request.prompt_tokens is None
 
@@ -117,7 +119,6 @@ NEUTRAL: dict[str, tuple[Any, Any]] = {
 }
 CHAT_WITHOUT_EFFECT = {
     "parallel_tool_calls": False,
-    "reasoning_effort": "low",
     "prediction": {"type": "content", "content": "x"},
 }
 CHAT_NEUTRAL: dict[str, tuple[Any, Any]] = {
@@ -128,6 +129,7 @@ CHAT_NEUTRAL: dict[str, tuple[Any, Any]] = {
     "response_format": ({"type": "text"}, {"type": "json_object"}),
     "modalities": (["text"], ["text", "audio"]),
     "verbosity": ("medium", "low"),
+    "reasoning_effort": ("medium", "low"),
     "audio": (None, {"voice": "alloy", "format": "wav"}),
     "web_search_options": (None, {}),
 }
@@ -219,8 +221,13 @@ INVALID_CHAT = [
     ({"messages": [{"content": "x"}]}, "messages[0].role", "is required"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "is required"),
     ({"messages": [{"role": "bot", "content": ""}]}, "messages[0].role", 'assistant, got "bot"'),
-    ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].role", "cannot call tools"),
-    ({"messages": [{"role": "function", "content": ""}]}, "messages[0].role", "cannot call tools"),
+    ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].role", "not offer tools"),
+    ({"messages": [{"role": "function", "content": ""}]}, "messages[0].role", "not offer tools"),
+    (
+        {"messages": [{"role": "user", "content": "", "reasoning_content": "x"}]},
+        "messages[0].reasoning_content",
+        "for the role assistant alone",
+    ),
     (user("x", weight=1), "messages[0].weight", "Unknown field"),
     (user("x", tool_calls=[{}]), "messages[0].tool_calls", "not supported"),
     (user(None), "messages[0].content", "valid string, got null"),

@@ -29,6 +29,7 @@ STATUS = {
     "queue_full": 503,
     "out_of_memory": 503,
     "engine_restarting": 503,
+    "engine_stopped": 503,
     "model_crashes_engine": 503,
     "engine_crashed": 500,
     "something_new": 500,
