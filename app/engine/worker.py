@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,15 @@ _MAX_UNREAD_BYTES = 16 * 1024 * 1024
 # What a restart finds again is saved when the engine is idle; this is for what came after that.
 _SAVE_S = 0.4
 _NO_PROMPT = TokenizedPrompt([], [])
+
+
+@dataclass(eq=False)
+class _Preparing:
+    """A request that the scheduler does not know yet."""
+
+    chat: str
+    is_forgotten: bool = False
+    """Its chat was purged meanwhile."""
 
 
 class Connection:
@@ -154,6 +164,8 @@ class Connection:
 
     async def _prepare(self, request: GenerationRequest) -> None:
         started = time.monotonic()
+        preparing = _Preparing(request.chat)
+        self._engine.preparing.add(preparing)
         try:
             check_request(request)
             if request.prompt_tokens is not None:
@@ -172,7 +184,9 @@ class Connection:
             logger.exception("preparing a request failed")
             self.send(Failed(request.id, "engine_error", f"The engine failed: {error}"))
         else:
-            self._submit(request, tokenized, started, matcher)
+            self._submit(request, tokenized, started, matcher, preparing.is_forgotten)
+        finally:
+            self._engine.preparing.discard(preparing)
 
     def _row(
         self, request: GenerationRequest | LoadModel, prompt: TokenizedPrompt, started: float
@@ -188,9 +202,10 @@ class Connection:
         prompt: TokenizedPrompt,
         started: float | None = None,
         matcher: Matcher | None = None,
+        is_forgotten: bool = False,
     ) -> None:
         row = self._row(request, prompt, started or time.monotonic())
-        row.matcher = matcher
+        row.matcher, row.is_forgotten = matcher, is_forgotten
         self.rows[request.id] = row
         self._engine.ledger.queued(self.name, request.id)
         self._engine.scheduler.submit(row)
@@ -207,6 +222,9 @@ class Connection:
         except GryphonError as error:
             self.send(Failed(command.id, error.code, error.message))
         else:
+            for preparing in self._engine.preparing:
+                if command.chat in ("", preparing.chat):
+                    preparing.is_forgotten = True
             self.forgetting.add(command.id)
             self._engine.scheduler.forget(command.chat, ended)
 
@@ -232,6 +250,8 @@ class Engine:
 
     def __init__(self, backend: blas.Blas, device: str, scheduler: Scheduler) -> None:
         self.connections = 0
+        self.preparing: set[_Preparing] = set()
+        """Of all connections: a chat may be purged over another than its own."""
         self.matchers = Matchers()
         self.ledger = Ledger()
         self.preparation = PreparationPool(Settings.from_environment().prompt_time_limit_s)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from app import paths
@@ -216,6 +217,32 @@ async def test_a_chat_is_forgotten_whoever_runs_the_engine(
     assert not files.stored()
     _, cached = await ask(client, griffin, words["b"])
     assert cached == 0
+
+
+@pytest.mark.parametrize("purged", ["a", ""])
+async def test_a_prompt_in_preparation_when_its_chat_is_forgotten_leaves_nothing(
+    new_client: Callable[[], EngineClient], griffin: ModelRef, files: PrefixFiles, purged: str
+) -> None:
+    client = new_client()
+    await ask(client, griffin)  # starts the preparation process
+    (preparing,) = [
+        child
+        for child in psutil.Process(await pid_of(client)).children()
+        if "app.engine.preparation" in child.cmdline()
+    ]
+    preparing.suspend()
+    asking = asyncio.ensure_future(ask(client, griffin, "What is a?", "a"))
+    try:
+        while not (status := await client.status()) or not status.requests:
+            await asyncio.sleep(0.01)
+        await new_client().forget_chat(purged)
+        assert not asking.done()
+    finally:
+        preparing.resume()
+    await asking
+    total, cached = await ask(client, griffin, "What is a?")
+    assert cached < total - 1
+    assert "a" not in {chat for one in files.stored() for chat in files.chats(one.path)}
 
 
 async def test_without_an_engine_what_it_left_unfinished_is_forgotten_too(
