@@ -20,6 +20,8 @@ MAX_CALL_CHARACTERS = 256 * 1024
 # A reader looks again when one of these came, with which a call can end or be known for none.
 _TELLING = "}])>"
 _SHORT = 256
+# A long call is read again once it has grown by this part of itself: each time costs its length.
+_PATIENCE = 32
 
 
 class AnswerFormat(msgspec.Struct, frozen=True):
@@ -204,11 +206,15 @@ class AnswerParts:
 
     def _take_call(self, parts: list[Part], more_follows: bool) -> bool:
         assert self._reader is not None
-        new = self._held[self._looked :]
-        telling = len(self._held) <= _SHORT or any(character in new for character in _TELLING)
-        self._looked = len(self._held)
+        size = len(self._held)
+        looks = not more_follows or size <= _SHORT or size > MAX_CALL_CHARACTERS
+        if not looks and size - self._looked >= self._looked // _PATIENCE:
+            new = self._held[self._looked :]
+            looks = any(character in new for character in _TELLING)
+        if looks:
+            self._looked = size
         try:
-            found = self._reader(self._held, self._tools) if telling or not more_follows else None
+            found = self._reader(self._held, self._tools) if looks else None
             if (len(self._held) if found is None else found.end) > MAX_CALL_CHARACTERS:
                 raise NoCall
         except NoCall:

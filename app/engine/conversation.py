@@ -50,6 +50,7 @@ class Message(msgspec.Struct, frozen=True):
     """Of the tool whose result this is."""
 
 
+MAX_MESSAGES = 10_000
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024
 MAX_TOOL_CALLS = 1024
@@ -103,11 +104,13 @@ def check_tools(tools: Sequence[Tool], tool_choice: str) -> None:
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Refuse tool calls and results that do not belong where they are.
+    """Refuse too many, and tool calls and results that do not belong where they are.
 
     Raises:
         GryphonError: "invalid_request", naming the message and what is wrong with it.
     """
+    if len(messages) > MAX_MESSAGES:
+        raise _invalid(f"messages may hold {MAX_MESSAGES} at most, got {len(messages)}.")
     calls = size = 0
     for index, message in enumerate(messages):
         where = f"messages[{index}]"

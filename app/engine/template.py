@@ -145,7 +145,7 @@ class PromptEncoder:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, never empty for a tokenizer that has a prefix."""
         ids = self._tokenizer.encode(text, add_special_tokens=False)
-        size = len(self._prefix)
-        while size and ids[:size] == self._prefix:
-            ids = ids[size:]
-        return [*self._prefix, *ids]
+        size, start = len(self._prefix), 0
+        while size and ids[start : start + size] == self._prefix:
+            start += size
+        return [*self._prefix, *ids[start:]]

@@ -3,6 +3,7 @@ lost. The formats are those of the models' own templates (`test_chat_prompt.py` 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from app.engine.answer_parts import AnswerFormat, AnswerParts, Reasoning, Text
 from app.engine.call_formats import CALL_FORMATS
 from app.engine.call_readers import Call
 from app.engine.conversation import Tool
+from app.engine.pythonic_calls import read_pythonic
 from mlxmodels.tokenizer import Tokenizer
 
 from ..tiny_models import byte_tokenizer
@@ -165,6 +167,26 @@ def test_a_call_is_sent_before_the_answer_ends() -> None:
     parts = AnswerParts(calls("hermes"), TOOLS)
     assert parts.add('<tool_call>\n{"name": "now", "arguments": {}') == []
     assert parts.add("}") == [NOW]
+
+
+def test_a_long_call_is_not_read_again_with_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time costs its length, on the thread that every other answer waits for."""
+    pythonic, times = CALL_FORMATS["pythonic"], 0
+
+    def counting(text: str, tools: Any) -> Any:
+        nonlocal times
+        times += 1
+        return read_pythonic(text, tools)
+
+    monkeypatch.setitem(CALL_FORMATS, "pythonic", dataclasses.replace(pythonic, bare=counting))
+    parts = AnswerParts(AnswerFormat(calls="pythonic"), TOOLS)
+    found: list[Any] = []
+    for piece in ["[now(a=[", *["[1],"] * 3000, "])", "]", " then", " more" * 200]:
+        found += parts.add(piece)
+    found += parts.finish()
+    assert times < 200
+    assert json.loads(found[0].arguments) == {"a": [[1]] * 3000}
+    assert [part.text for part in found[1:]] == ["then" + " more" * 200]
 
 
 def test_an_answer_in_json_is_no_call_and_does_not_wait_for_its_end() -> None:

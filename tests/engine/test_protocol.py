@@ -202,6 +202,7 @@ def _calling(arguments: str, name: str = "f") -> list[Message]:
         ({"template_options": {"a": "é" * 2**15}}, "may take 65536 bytes"),
         ({"template_options": {"a": {1: 2, "b": 3}}}, "template_options must be JSON"),
         ({"messages": _calling('{"a": NaN}')}, "must be the JSON text of an object"),
+        ({"messages": [Message("user", "x")] * 10_001}, "10000 at most, got 10001"),
         ({"messages": _calling("[]")}, "JSON text of an object"),
         ({"messages": _calling("{")}, r"messages\[0\] must be the JSON text"),
         ({"messages": _calling('{"a":' * 40 + "1" + "}" * 40)}, "at most 32 levels"),
