@@ -92,12 +92,13 @@ class AnswerStream:
         text, reasoning, calls = "", "", list[Call]()
         self._later = []
         for part in parts:
-            if isinstance(part, Call):
+            is_behind_call = bool(calls) and not isinstance(part, Call) and not is_last
+            if self._later or is_behind_call:
+                self._later.append(part)
+            elif isinstance(part, Call):
                 text += self._stop.finish()
                 calls.append(part)
                 self.calls += 1
-            elif calls and not is_last:
-                self._later.append(part)
             elif isinstance(part, Reasoning):
                 reasoning += part.text
             else:

@@ -325,6 +325,17 @@ def test_text_behind_a_call_comes_behind_it(tmp_path: Path) -> None:
     assert (second.text, second.calls, last.text) == ("twothree", [], "")
 
 
+def test_text_between_calls_that_become_certain_together_stays_between_them(tmp_path: Path) -> None:
+    call = '<tool_call>{"name": "now"}</tool_call>'
+    released = _stream(tmp_path, [f"one{call}two{call}three", "four", "five"], [], [])
+    assert [(r.text, r.calls) for r in released] == [
+        ("one", [NOW]),
+        ("two", [NOW]),
+        ("threefourfive", []),
+        ("", []),
+    ]
+
+
 def test_reasoning_ends_at_a_special_token_and_stop_strings_begin_behind_it(tmp_path: Path) -> None:
     pieces = ["<think>", "ok é", "</think>", "Yes"]
     released = _stream(tmp_path, pieces, ["<think>", "</think>"], ["o"])
