@@ -123,6 +123,9 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise _invalid(f"{where} has a tool_call_id, so its role must be tool.")
         if message.name and message.role == "tool":
             _check_name(message.name, f"The tool's name in {where}")
+        calls += len(message.tool_calls)
+        if calls > MAX_TOOL_CALLS:
+            raise _invalid(f"messages may hold {MAX_TOOL_CALLS} tool calls in all.")
         for call in message.tool_calls:
             size += len(call.arguments)
             if size > MAX_ARGUMENTS_CHARACTERS:
@@ -136,9 +139,6 @@ def check_messages(messages: Sequence[Message]) -> None:
                     f"The arguments of {call.name!r} in {where} must be the JSON text of an "
                     f"object of at most {MAX_JSON_DEPTH} levels, got {call.arguments[:64]!r}."
                 )
-        calls += len(message.tool_calls)
-    if calls > MAX_TOOL_CALLS:
-        raise _invalid(f"messages may hold {MAX_TOOL_CALLS} tool calls in all, got {calls}.")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -147,14 +147,14 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         GryphonError: "invalid_request", naming the option.
     """
+    size = _json_size(options, "template_options")
+    if size > MAX_OPTIONS_BYTES:
+        raise _invalid(f"template_options may take {MAX_OPTIONS_BYTES} bytes, got {size}.")
     for name in options:
         if not _OPTION.fullmatch(name):
             raise _invalid(f"template_options holds {name[:64]!r}, which is no variable's name.")
         if name in RESERVED_OPTIONS:
             raise _invalid(f"template_options may not hold {name!r}: the engine itself sets it.")
-    size = _json_size(options, "template_options")
-    if size > MAX_OPTIONS_BYTES:
-        raise _invalid(f"template_options may take {MAX_OPTIONS_BYTES} bytes, got {size}.")
 
 
 def parsed_arguments(text: str) -> dict[str, Any] | None:
@@ -197,7 +197,7 @@ def _json_size(value: Any, what: str) -> int:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True)
         return len(text.encode())
     except (TypeError, ValueError) as error:
-        raise _invalid(f"{what} must be JSON: {error}.") from error
+        raise _invalid(f"{what} must be JSON, with text for keys: {error}.") from error
 
 
 def _check_name(name: str, what: str) -> None:

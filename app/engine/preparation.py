@@ -151,8 +151,9 @@ class _Prompts:
 
         directory = Path(prompt.model_path)
         if prompt.model_path != self._path:
-            self._tokenizer = Tokenizer.from_directory(directory)
-            self._encoder = PromptEncoder(self._tokenizer)
+            tokenizer = Tokenizer.from_directory(directory)
+            self._encoder = PromptEncoder(tokenizer)  # which may fail: nothing of it is kept then
+            self._tokenizer = tokenizer
             self._chats: ChatPrompts | None = None
             self._path = prompt.model_path
         if prompt.messages is None:

@@ -181,7 +181,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
 
 
 MAX_REQUEST_ID = 200
-MAX_MODEL_NAME = 400
+MAX_MODEL_NAME = 1000
 MAX_PATH = 4096
 MAX_STOP_STRINGS = 16
 # Text is compared with their beginnings at every token.
