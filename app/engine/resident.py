@@ -117,6 +117,6 @@ def _generation_config(path: Path) -> dict[str, Any]:
     """generation_config.json where there is one; what is wrong in it recommends nothing."""
     try:
         config = json.loads((path / "generation_config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -156,7 +156,7 @@ def _directories() -> list[Path]:
 def _base_of(path: Path) -> str:
     try:
         base = json.loads((path / BASE_FILE).read_text(encoding="utf-8"))["base"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
     return base if isinstance(base, str) else ""
 

@@ -96,6 +96,6 @@ def _has_chat_template(path: Path) -> bool:
         return True
     try:
         settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(settings, dict) and bool(settings.get("chat_template"))

@@ -183,7 +183,7 @@ def weight_files(path: Path) -> list[Path]:
             names = sorted(
                 set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _invalid(path, f"its {index.name} is not a valid index") from error
         if any(Path(str(name)).name != name for name in names):
             raise _invalid(path, f"its {index.name} names files outside the directory")

@@ -142,6 +142,8 @@ def test_a_layer_without_end_in_a_name_keeps_no_model_from_the_list(models: Path
     name = f"model.layers.{'9' * 5000}.mlp.up_proj.lora_a"
     write_safetensors(path / "adapters.safetensors", {name: ("F32", [4, 2], 32)})
     assert "base" in names()
+    (path / "base.json").write_text("[" * 200_000)
+    assert names() == ["base"]
 
 
 def test_a_link_among_the_adapters_is_removed_and_what_it_links_to_stays(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -254,6 +255,17 @@ def test_details_of_the_embedded_model(
     assert details.parameters == 134_515_008
     assert details.tensors == {"4-bit": 210, "F16": 61, "8-bit": 1}
     assert (details.license, details.has_chat_template) == ("apache-2.0", True)
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors.index.json", "tokenizer_config.json"]
+)
+def test_a_file_of_lists_in_lists_is_damage_to_its_own_model_alone(models: Path, file: str) -> None:
+    write_model(models / "good")
+    (write_model(models / "odd") / file).write_text("[" * 200_000)
+    assert "good" in [model.name for model in installed_models()]
+    with contextlib.suppress(GryphonError):
+        assert not describe(find_model("odd")).has_chat_template
 
 
 def test_listing_imports_neither_mlx_nor_the_hub_client() -> None:
