@@ -104,7 +104,7 @@ class ChatPrompts:
         if template is None:
             return self._base_prompt(messages, uses_tools, options)
         for name in options:
-            if name not in template.source:
+            if name not in template.variables:
                 raise _refused(
                     f"The model's chat template has no option {name!r}. Leave it out of "
                     "template_options."

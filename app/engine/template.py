@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -72,6 +73,9 @@ class ChatTemplate:
         source: Jinja text.
         special_tokens: Texts of the special tokens, by names such as "bos_token".
 
+    Attributes:
+        variables: Names that it looks up and does not set itself.
+
     Raises:
         GryphonError: "template_error", when the text is not a Jinja template.
     """
@@ -80,8 +84,10 @@ class ChatTemplate:
         self.source = source
         # Templates add these two without asking whether they are there.
         self._tokens = {"bos_token": "", "eos_token": "", **special_tokens}
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except Exception as error:  # what is nested too deeply fails Python's compiler
             line = getattr(error, "lineno", None)
             where = "" if line is None else f"line {line}: "

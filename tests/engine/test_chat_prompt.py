@@ -362,6 +362,9 @@ def test_an_option_reaches_the_template_and_one_it_lacks_is_refused() -> None:
     assert off.text.endswith("<think>\n\n</think>\n\n") and not off.format.begins_reasoning
     with pytest.raises(GryphonError, match="no option 'enable_thinking'"):
         prompt(CHATML, ASK, options={"enable_thinking": False})
+    for name in ("enable_think", "thinking", "assistant"):  # a slip, or a word of its text
+        with pytest.raises(GryphonError, match=f"no option '{name}'"):
+            prompt(QWEN3, ASK, options={name: False})
     with pytest.raises(GryphonError, match="base model"):
         prompt({}, ASK, options={"enable_thinking": False})
 
