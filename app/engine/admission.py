@@ -46,9 +46,15 @@ def admit(
         return
     loaded, request = resident.loaded, row.generation
     # A constraint is on the whole answer: none of it is anything but text.
-    format = row.format if row.matcher is None else PLAIN
-    exact = row.matcher is not None
-    row.text = AnswerStream(loaded.tokenizer, request.stop, format, request.tools, exact=exact)
+    exact = request.constraint is not None
+    row.text = AnswerStream(
+        loaded.tokenizer,
+        request.stop,
+        PLAIN if exact else row.format,
+        request.tools,
+        exact=exact,
+        only_calls=row.must_call,
+    )
     row.sampling = RowSampling.of(
         request.sampling,
         resident.recommended,

@@ -32,7 +32,8 @@ NOTHING = Released()
 
 class AnswerStream:
     """The answer of one row. Where all of it is text, this is its `TextStream` and nothing more;
-    `exact` is for that.
+    `exact` is for that. With `only_calls`, what is neither reasoning nor a call that can be read is
+    part of one that cannot, and does not come out.
 
     Stop strings end the text: they are looked for neither in reasoning nor in calls, where they
     would leave half a thought or half a call.
@@ -46,7 +47,9 @@ class AnswerStream:
         tools: Sequence[Tool] = (),
         *,
         exact: bool = False,
+        only_calls: bool = False,
     ) -> None:
+        self._only_calls = only_calls
         self.calls = 0
         """How many were released."""
         self._parts: AnswerParts | None = None
@@ -101,7 +104,7 @@ class AnswerStream:
                 self.calls += 1
             elif isinstance(part, Reasoning):
                 reasoning += part.text
-            else:
+            elif not self._only_calls:
                 new, has_stopped = self._stop.add(part.text, may_stop=may_stop)
                 text += new
                 if has_stopped:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from app.engine.answer import NOTHING, AnswerStream, Released, new_call_id
 from app.engine.answer_parts import PLAIN, AnswerFormat
+from app.engine.conversation import MAX_JSON_DEPTH
 from app.engine.matcher import Matcher
 from app.engine.penalties import Penalties
 from app.engine.protocol import (
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
     from app.engine.speculation import Lane
 
 Emit = Callable[[Event], None]
+_NO_CALL = (
+    "The model made the call that tool_choice asks for, but with arguments that cannot be read: "
+    f"nested deeper than {MAX_JSON_DEPTH} levels, a number like 1e999, or too long. Bound them in "
+    "the tool's parameters, or use auto."
+)
 
 
 @dataclass(eq=False)
@@ -57,7 +63,7 @@ class Row:
     notice: str = ""
     """What a person should know of the prompt."""
     matcher: Matcher | None = None
-    """Where its answer is in the constraint it was given."""
+    """Where its answer is in the constraint it was given, or in the call it must make."""
     connection: str = ""
     """Over which it came."""
     done: bool = False
@@ -100,6 +106,11 @@ class Row:
         return self.request
 
     @property
+    def must_call(self) -> bool:
+        """Whether its answer is held to be a call, as tool_choice says."""
+        return self.matcher is not None and self.generation.constraint is None
+
+    @property
     def client(self) -> str:
         """For whom it takes its turn."""
         named = self.request.client if isinstance(self.request, GenerationRequest) else ""
@@ -130,11 +141,15 @@ class Row:
             self.emit(ToolCall(self.request.id, new_call_id(), call.name, call.arguments))
 
     def finish(self, reason: FinishReason, rest: Released = NOTHING) -> None:
-        """Send the rest of the answer and the one `Finished` of this row."""
+        """Send the rest of the answer and the one `Finished` of this row; or `Failed`, where the
+        answer was to be a call and none can be read."""
+        is_call = self.text is not None and self.text.calls > 0
+        if reason == "stop" and self.must_call and not is_call:
+            self.fail("constraint_failed", _NO_CALL)
         if not self._ends():
             return
         self.send_calls(rest)
-        if reason == "stop" and self.text is not None and self.text.calls:
+        if reason == "stop" and is_call:
             reason = "tool_calls"
         usage, timings = self.usage, self.timings()
         self.emit(Finished(self.request.id, reason, usage, timings, rest.text, rest.reasoning))

@@ -108,11 +108,15 @@ def _formats() -> dict[str, CallFormat]:
         "qwen_xml": CallFormat(
             {"<tool_call>": xml_reader("<function="), "<function=": xml_reader("")},
             closers=("</tool_call>",),
+            inner=("</function>", "</parameter>"),
         ),
         "gemma4": CallFormat(
             {"<|tool_call>": read_gemma}, closers=("<tool_call|>",), inner=(QUOTE,)
         ),
-        "glm": CallFormat({"<tool_call>": keyed_reader()}),
+        "glm": CallFormat(
+            {"<tool_call>": keyed_reader()},
+            inner=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "</tool_call>"),
+        ),
         "pythonic": CallFormat(
             {"<|python_tag|>": read_pythonic}, bare=read_pythonic, bare_start="["
         ),

@@ -172,7 +172,7 @@ def xml_reader(opening: str) -> Reader:
             if key is None or value is None:
                 return None
             value = value.removeprefix("\n").removesuffix("\n")
-            arguments[key] = _typed(value, tools[name], key)
+            arguments[key] = read_value(value, tools[name], key)
         return Calls([checked_call(name, arguments, tools)], tags.at) if tag else None
 
     return read
@@ -197,7 +197,7 @@ def keyed_reader() -> Reader:
             value = tags.until("</arg_value>")
             if value is None:
                 return None
-            arguments[key] = _typed(value, tools[name], key)
+            arguments[key] = read_value(value, tools[name], key)
         return Calls([checked_call(name, arguments, tools)], tags.at) if tag else None
 
     return read
@@ -239,7 +239,7 @@ class _Tags:
         return text
 
 
-def _typed(value: str, tool: Tool, key: str) -> Any:
+def read_value(value: str, tool: Tool, key: str) -> Any:
     """A value written as text, as the tool's schema wants it; text where it does not fit."""
     properties = tool.parameters.get("properties")
     schema = properties.get(key) if isinstance(properties, dict) else None

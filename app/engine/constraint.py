@@ -25,6 +25,14 @@ CALLED: dict[ConstraintKind, str] = {
     "lark": "The grammar",
 }
 
+# At most one space, or a new line and its indentation, wherever JSON may have white space: a model
+# that knows nothing better could go on with it for ever.
+JSON_OPTIONS: dict[str, Any] = {
+    "lenient": False,
+    "coerce_one_of": False,
+    "whitespace_pattern": r" |\n[ \t]{0,20}",
+}
+
 
 class Constraint(msgspec.Struct, frozen=True):
     """What the whole answer must match, from its first character to its last.

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from app.engine.json_schema import check_keywords
 from app.errors import GryphonError
 
 
@@ -51,6 +52,8 @@ class Message(msgspec.Struct, frozen=True):
 
 
 MAX_MESSAGES = 10_000
+# The tool_choice that makes the model call one of its tools, whichever it likes.
+ANY_TOOL = "required"
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 1024 * 1024
 MAX_TOOL_CALLS = 1024
@@ -91,16 +94,33 @@ def check_tools(tools: Sequence[Tool], tool_choice: str) -> None:
         raise _invalid(
             f"tools may take {MAX_TOOLS_BYTES} bytes of descriptions and parameters, got {size}."
         )
-    if tool_choice not in {"auto", "none", "required", *names}:
+    if tool_choice not in {"auto", "none", ANY_TOOL, *names}:
         raise _invalid(
             "tool_choice must be auto, none, required or the name of a tool that is given, "
             f"got {tool_choice[:64]!r}."
         )
-    if tool_choice not in ("auto", "none"):
-        raise _invalid(
-            f"tool_choice {tool_choice!r} cannot be enforced yet: use auto, and say in a message "
-            "which tool to call."
-        )
+    if tool_choice in ("auto", "none"):
+        return
+    if not tools:
+        raise _invalid(f"tool_choice {tool_choice!r} needs tools: give at least one.")
+    for tool in tools:
+        if tool_choice in (ANY_TOOL, tool.name):
+            _check_enforced(tool, tool_choice)
+
+
+def _check_enforced(tool: Tool, tool_choice: str) -> None:
+    """Refuse a tool of whose parameters something would not be enforced."""
+    try:
+        check_keywords(tool.parameters)
+        kinds = tool.parameters.get("type", "object")
+        if "object" not in ([kinds] if isinstance(kinds, str) else kinds):
+            raise GryphonError("invalid_constraint", f"The type must be object, got {kinds}.")
+    except GryphonError as error:
+        raise GryphonError(
+            error.code,
+            f"tool_choice {tool_choice!r} cannot be enforced by the parameters of {tool.name!r}. "
+            f"{error.message} Or use auto.",
+        ) from error
 
 
 def check_messages(messages: Sequence[Message]) -> None:

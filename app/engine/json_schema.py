@@ -7,7 +7,7 @@ would be ignored without a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from app.errors import GryphonError
@@ -23,15 +23,31 @@ _PLAIN = {
     *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }
 # What says nothing about which values are valid.
-_ANNOTATIONS = {
+ANNOTATIONS = {
     *("$schema", "$id", "id", "$anchor", "$comment", "title", "description", "default"),
     *("example", "examples", "deprecated", "readOnly", "writeOnly", "discriminator"),
     *("contentMediaType", "contentEncoding"),
 }
-_KNOWN = _ONE | _LIST | _NAMED | _PLAIN | _ANNOTATIONS
+_SHAPED = {
+    "type": "a string or a list of strings",
+    "required": "a list of strings",
+    "enum": "a list",
+}
+_KNOWN = _ONE | _LIST | _NAMED | _PLAIN | ANNOTATIONS
 _MOST_DEEP = 100
 # Characters of a key, or of the place of one, in a message.
 _MOST_SHOWN = 100
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+_SHAPES: dict[str, Callable[[Any], bool]] = {
+    "type": lambda value: isinstance(value, str) or _are_strings(value),
+    "required": _are_strings,
+    "enum": lambda value: isinstance(value, list),
+}
 
 
 def check_keywords(schema: dict[str, Any]) -> None:
@@ -59,6 +75,8 @@ def _check_own(place: str, schema: dict[str, Any]) -> None:
         if key == "x-guidance" or not (key in _KNOWN or key.startswith("x-")):
             what = repr(key[:_MOST_SHOWN])
             raise _refused(where, f"{what} cannot be enforced; leave it out or say it otherwise")
+        if key in _SHAPES and not _SHAPES[key](value):
+            raise _refused(where, f"it must be {_SHAPED[key]}")
         if key == "items" and isinstance(value, list):
             raise _refused(where, "a list of schemas is called prefixItems now")
         if key in ("exclusiveMinimum", "exclusiveMaximum") and isinstance(value, bool):

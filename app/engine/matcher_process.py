@@ -27,7 +27,7 @@ import llguidance
 import msgspec
 import numpy as np
 
-from app.engine.constraint import CALLED, Constraint, invalid, parsed_schema
+from app.engine.constraint import CALLED, JSON_OPTIONS, Constraint, invalid, parsed_schema
 from app.engine.vocabulary import Vocabulary
 from app.errors import GryphonError
 from mlxmodels.errors import ModelError
@@ -43,13 +43,6 @@ _LIMITS = llguidance.LLParserLimits(
     max_lexer_states=50_000,  # of 1 to 2 KB; a bounded schema has some hundreds
     verbose_errors=False,  # those quote what was written
 )
-# At most one space, or a new line and its indentation, wherever JSON may have white space: a model
-# that knows nothing better could go on with it for ever.
-_JSON_OPTIONS: Any = {
-    "lenient": False,
-    "coerce_one_of": False,
-    "whitespace_pattern": r" |\n[ \t]{0,20}",
-}
 
 
 class NotFollowed(Exception):
@@ -97,7 +90,8 @@ def _grammar(constraint: Constraint) -> str:
         case "lark":
             return llguidance.LLMatcher.grammar_from_lark(constraint.text)
     schema = parsed_schema(constraint.text or '{"type": "object"}')
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+    options: Any = JSON_OPTIONS
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
 
 
 def readable(message: str) -> str:

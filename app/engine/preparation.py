@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import msgspec
 
 from app.engine.answer_parts import PLAIN, AnswerFormat
+from app.engine.constraint import Constraint
 from app.engine.conversation import Message, Tool, ToolCallPart
 from app.errors import GryphonError, readable
 from app.settings import child_environment
@@ -39,16 +40,19 @@ class Prompt(msgspec.Struct, frozen=True):
     text: str | None = None
     tools: list[Tool] = []
     template_options: dict[str, Any] = {}
+    tool_choice: str = "auto"
 
 
 class TokenizedPrompt(NamedTuple):
     """Token ids, and lengths of prefixes of them that other prompts are likely to begin with; how
-    the answer will be marked, and what a person should know of the prompt."""
+    the answer will be marked, what a person should know of the prompt, and what holds the answer to
+    its tool_choice."""
 
     tokens: list[int]
     boundaries: list[int]
     format: AnswerFormat = PLAIN
     notice: str = ""
+    call: Constraint | None = None
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -58,6 +62,7 @@ class Prepared(msgspec.Struct, frozen=True):
     boundaries: list[int] = []
     format: AnswerFormat = PLAIN
     notice: str = ""
+    call: Constraint | None = None
     error: tuple[str, str] | None = None
 
 
@@ -100,7 +105,7 @@ class Preparer:
         tokens = array.array("i", answer.tokens).tolist()
         if not tokens:
             raise GryphonError("invalid_request", "The prompt is empty: it holds no token.")
-        return TokenizedPrompt(tokens, answer.boundaries, answer.format, answer.notice)
+        return TokenizedPrompt(tokens, answer.boundaries, answer.format, answer.notice, answer.call)
 
     async def close(self) -> None:
         await self._end()
@@ -145,6 +150,7 @@ class _Prompts:
         self._path: str | None = None
 
     def tokenized(self, prompt: Prompt) -> TokenizedPrompt:
+        from app.engine.call_grammar import call_grammar
         from app.engine.chat_prompt import ChatPrompts
         from app.engine.template import PromptEncoder
         from mlxmodels.tokenizer import Tokenizer, read_chat_templates
@@ -164,13 +170,16 @@ class _Prompts:
             self._chats = ChatPrompts(sources, self._tokenizer.special_tokens)
         started = time.monotonic()
         chat = self._chats.prompt(prompt.messages, prompt.tools, prompt.template_options)
+        call = None
+        if prompt.tool_choice not in ("auto", "none"):
+            call = call_grammar(chat.format, prompt.tools, prompt.tool_choice, self._tokenizer)
         tokens = self._encoder.encode(chat.text)
         boundaries: set[int] = set()
         # Boundaries take about that long again for each: they must not be what exceeds the limit.
         if time.monotonic() - started <= self._time_limit_s / 8:
             others = _likely_conversations(prompt.messages, prompt.tools)
             boundaries = {self._boundary(chat.text, tokens, other, prompt) for other in others}
-        return TokenizedPrompt(tokens, sorted(boundaries - {0}), chat.format, chat.notice)
+        return TokenizedPrompt(tokens, sorted(boundaries - {0}), chat.format, chat.notice, call)
 
     def _boundary(self, text: str, tokens: list[int], other: list[Message], prompt: Prompt) -> int:
         """How many tokens this prompt shares with another conversation's, 0 if that has none."""
@@ -224,8 +233,8 @@ def _serve(requests: BinaryIO, answers: BinaryIO, time_limit_s: float) -> None:
         prompt = msgspec.msgpack.decode(requests.read(struct.unpack(">I", head)[0]), type=Prompt)
         signal.setitimer(signal.ITIMER_REAL, time_limit_s)
         try:
-            tokens, boundaries, format, notice = prompts.tokenized(prompt)
-            answer = Prepared(array.array("i", tokens).tobytes(), boundaries, format, notice)
+            made = prompts.tokenized(prompt)
+            answer = Prepared(array.array("i", made.tokens).tobytes(), *made[1:])
         except GryphonError as error:
             answer = _failed(error.code, error.message)
         except ModelError as error:

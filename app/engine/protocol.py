@@ -143,7 +143,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     """What the model may call. Its template must know of tools; it is refused otherwise."""
     tool_choice: str = "auto"
     """"auto" lets the model choose, "none" answers as if there were no tools, "required" makes it
-    call one, a tool's name makes it call that one."""
+    call one, a tool's name makes it call that one. Made to, it makes exactly one call, after
+    reasoning if it is a model that reasons, and says nothing else; the arguments are valid by the
+    tool's schema, every keyword of which is enforced or the request refused. max_tokens cuts it
+    short as ever: the reason is then "length", and half a call does not come out."""
     template_options: dict[str, Any] = {}
     """Variables for the chat template, for example {"enable_thinking": false}."""
     sampling: Sampling = Sampling()
@@ -265,8 +268,14 @@ def check_request(request: GenerationRequest) -> None:
 
 
 def _check_alone(request: GenerationRequest) -> None:
-    """A constraint holds the whole answer to its form, one token at a time."""
+    """A constraint holds the whole answer to its form, one token at a time; so does tool_choice."""
     tools = request.tools if request.tool_choice != "none" else []
+    if request.tool_choice not in ("auto", "none") and request.speculation:
+        raise GryphonError(
+            "invalid_request",
+            f"tool_choice {request.tool_choice!r} and speculation cannot be combined: leave one of "
+            "them out.",
+        )
     for name, other in (("speculation", request.speculation), ("tools", tools)):
         if request.constraint is not None and other:
             raise GryphonError(

@@ -28,6 +28,7 @@ import psutil
 import app
 from app import paths
 from app.engine import blas
+from app.engine.call_grammar import not_enforced
 from app.engine.ledger import Ledger
 from app.engine.matcher import Matcher, Matchers
 from app.engine.prefix_files import PrefixFiles
@@ -174,10 +175,8 @@ class Connection:
                 prompt = _prompt_of(request)
                 client = request.client or self.name
                 tokenized = await self._engine.preparation.prepare(prompt, client)
-            matcher = None
-            if request.constraint is not None:  # last: from here on it belongs to the row
-                path = request.model.path
-                matcher = await self._engine.matchers.start(path, request.constraint)
+            # Last: from here on it belongs to the row.
+            matcher = await self._matcher(request, tokenized)
         except GryphonError as error:
             self.send(Failed(request.id, error.code, error.message, error.retry_after))
         except Exception as error:
@@ -188,13 +187,27 @@ class Connection:
         finally:
             self._engine.preparing.discard(preparing)
 
+    async def _matcher(self, request: GenerationRequest, prompt: TokenizedPrompt) -> Matcher | None:
+        path, matchers = request.model.path, self._engine.matchers
+        if request.constraint is not None:
+            return await matchers.start(path, request.constraint)
+        if prompt.call is None:
+            return None
+        try:
+            return await matchers.start(path, prompt.call)
+        except GryphonError as error:
+            raise not_enforced(request.tool_choice, error) from error
+
     def _row(
         self, request: GenerationRequest | LoadModel, prompt: TokenizedPrompt, started: float
     ) -> Row:
         from app.engine.batch import Row
 
         emit = functools.partial(self._engine.emit, self)
-        return Row(request, emit, *prompt, connection=self.name, submitted_s=started)
+        tokens, boundaries, format, notice, _ = prompt
+        row = Row(request, emit, tokens, boundaries, format, notice, connection=self.name)
+        row.submitted_s = started
+        return row
 
     def _submit(
         self,
@@ -242,6 +255,7 @@ def _prompt_of(request: GenerationRequest) -> Prompt:
         request.prompt,
         [] if request.tool_choice == "none" else request.tools,
         request.template_options,
+        request.tool_choice,
     )
 
 

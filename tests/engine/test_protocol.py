@@ -191,7 +191,7 @@ def _calling(arguments: str, name: str = "f") -> list[Message]:
         ({"tools": [Tool("f", "", _deep(33))]}, "parameters of 'f' may have 32 levels at most"),
         ({"tools": [Tool("f", "", {"a": math.nan})]}, "parameters of 'f' must be JSON"),
         ({"tools": [Tool("f")], "tool_choice": "g"}, "tool_choice must be auto, none, required"),
-        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice 'required' needs tools"),
         ({"tools": [Tool("f", "", {"a": [0] * 100_001})]}, "and 100000 values"),
         ({"messages": _calling('{"a": "' + "x" * 2**22 + '"}')}, "4194304 characters in all"),
         ({"template_options": {"messages": []}}, "may not hold 'messages'"),
@@ -234,6 +234,9 @@ def test_sound_tools_pass() -> None:
     change = {"prompt": None, "messages": messages, "tools": tools}
     for choice in ("auto", "none"):
         check_request(msgspec.structs.replace(REQUEST, tool_choice=choice, **change))
+    for choice in ("required", "f"):
+        held = change | {"tools": [Tool("f")], "tool_choice": choice}
+        check_request(msgspec.structs.replace(REQUEST, **held))
 
 
 def test_a_request_too_deep_for_the_wire_says_so() -> None:
