@@ -19,6 +19,7 @@ from app.engine.conversation import MAX_JSON_DEPTH
 from app.engine.matcher import Matcher
 from app.engine.penalties import Penalties
 from app.engine.protocol import (
+    DraftModel,
     Event,
     Failed,
     Finished,
@@ -117,6 +118,11 @@ class Row:
         return named or self.connection
 
     @property
+    def uses_draft(self) -> bool:
+        """Whether it asks for a draft model."""
+        return isinstance(self.generation.speculation, DraftModel)
+
+    @property
     def usage(self) -> Usage:
         return Usage(len(self.prompt), self.generated, self.cached, self.drafted, self.accepted)
 
@@ -191,7 +197,8 @@ class Launch:
     @classmethod
     def of(cls, rows: list[Row], logits: mx.array, tokens: mx.array) -> Launch:
         """A step begun, not waited for: what the rows draw from logits [B, V] of the model."""
-        launch = cls(rows, tokens, mx.isnan(logits.sum(axis=-1)))
+        # As float32: a sum of many float16 numbers may exceed them and be none itself.
+        launch = cls(rows, tokens, mx.isnan(logits.astype(mx.float32).sum(axis=-1)))
         requests = [row.generation for row in rows]
         if any(request.logprobs for request in requests):
             logprobs = logprobs_of(logits)

@@ -16,6 +16,7 @@ def deliver(row: Row, token_id: int, launch: Launch, index: int, model: LoadedMo
     """
     assert row.text is not None
     if launch.was_broken(index):
+        row.is_forgotten = True  # its states are no better
         row.fail(
             "invalid_numbers",
             f"{row.request.model.name} computed what is no number (NaN), so its answer means "

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from app.engine.batch import Row
 from app.engine.memory import MemoryBudget
 from app.engine.prefix_cache import PrefixCache
-from app.engine.protocol import DraftModel, Progress
+from app.engine.protocol import Progress
 from app.engine.resident import ResidentModel
 from app.errors import GryphonError
 from app.machine import binary_bytes
@@ -64,6 +64,10 @@ class Room:
         self._draft = draft
         left = self._budget.limit_bytes - self._weight_bytes
         self.context = self._footprint.largest_context(left, MIN_CHUNK)
+
+    def make_way(self, nbytes: int) -> None:
+        """Let go of what is only kept for later, as far as something of so many bytes needs it."""
+        self._shed(nbytes)
 
     def admits(self, row: Row, running: Sequence[Row]) -> bool:
         """Whether a row may begin now; if not, it may when rows that run have ended.
@@ -183,7 +187,7 @@ class Room:
         """States and scratch of rows that have read so many tokens, in both models."""
         needed = self._footprint.row_bytes(chunk, tokens, len(rows))
         if self._draft is not None:
-            drafted = [row for row in rows if isinstance(row.generation.speculation, DraftModel)]
+            drafted = [row for row in rows if row.uses_draft]
             if drafted:
                 needed += self._draft.footprint.row_bytes(chunk, tokens, len(drafted))
         return needed

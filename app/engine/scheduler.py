@@ -41,6 +41,7 @@ from app.engine.answer import NOTHING
 from app.engine.batch import Batch, Launch, Row
 from app.engine.constrained import allowed_tokens
 from app.engine.delivery import deliver
+from app.engine.ledger import line
 from app.engine.prefix_cache import PrefixCache
 from app.engine.prefix_files import PrefixFiles, not_forgotten
 from app.engine.protocol import (
@@ -53,7 +54,7 @@ from app.engine.residency import Residency
 from app.engine.resident import ResidentModel
 from app.engine.room import Room, ended_early
 from app.engine.snapshot import Snapshot, snapshot_of
-from app.engine.speculation import Lane, Lanes
+from app.engine.speculation import Lanes
 from app.engine.waiting import WaitingQueue
 from app.errors import GryphonError
 
@@ -149,11 +150,9 @@ class Scheduler:
             self._admit()
             self._prefill()
             if self._batch.rows or self._in_flight is not None:
-                in_flight = self._in_flight.rows if self._in_flight is not None else []
-                self._guarded(self._decode, [*self._batch.rows, *in_flight])
+                self._guarded(self._decode, [*self._batch.rows, *self._in_flight_rows])
             if self._lanes:
-                lane = self._lanes.next()
-                self._guarded(functools.partial(self._speculate, lane), [lane.row])
+                self._guarded(self._speculate, [self._lanes.next().row])
             self._end_turn()
 
     @property
@@ -167,6 +166,11 @@ class Scheduler:
     @property
     def _prefixes(self) -> PrefixCache | None:
         return self._residency.prefixes
+
+    @property
+    def _in_flight_rows(self) -> list[Row]:
+        """The rows of the step that has not been read, those that have ended since included."""
+        return self._in_flight.rows if self._in_flight is not None else []
 
     @property
     def _active(self) -> int:
@@ -232,12 +236,13 @@ class Scheduler:
                     f"The engine failed while answering ({type(error).__name__}: {error}). "
                     "Try again; `gryphon doctor` shows where its log is.",
                 )
-            if self._prefilling is not None and self._prefilling.done:
-                self._prefilling = None
-            if any(row.done for row in self._batch.rows):
+            if self._prefilling in rows:
+                self._stop_prefill()
+            # Only these rows': a step in flight may well have rows that ended before this.
+            if any(row in rows for row in self._batch.rows):
                 # The batch's states may be half advanced: none of its rows can go on from them.
                 self._batch = Batch()
-            if self._in_flight is not None and any(row.done for row in self._in_flight.rows):
+            if any(row in rows for row in self._in_flight_rows):
                 self._in_flight = None
             self._lanes.leave()
 
@@ -274,8 +279,8 @@ class Scheduler:
         row.finish("cancelled", row.text.finish() if row.text is not None else NOTHING)
         self._queue.remove(row)
         if row is self._prefilling:
-            self._prefilling = None
             self._keep(row, row.caches)
+            self._stop_prefill()
         self._drop(lambda row: row.done)
         self._close_lanes()
 
@@ -291,10 +296,9 @@ class Scheduler:
         self._residency.keep(row, states, self._running)
 
     def _forget(self, chat: str) -> GryphonError | None:
-        in_flight = self._in_flight.rows if self._in_flight is not None else []
         prefilling = [self._prefilling] if self._prefilling is not None else []
         decoding = [*self._batch.rows, *self._lanes.rows]
-        for row in [*self._queue, *prefilling, *decoding, *in_flight]:
+        for row in [*self._queue, *prefilling, *decoding, *self._in_flight_rows]:
             if not chat or getattr(row.request, "chat", "") == chat:
                 row.is_forgotten = True
         try:
@@ -327,13 +331,13 @@ class Scheduler:
             else:
                 self._guarded(functools.partial(self._load_draft, row, draft), [row])
                 if row.done:
-                    self._queue.remove(row)
+                    self._queue.admit(row)  # others waited for it: that was its client's turn
         elif self._active < (MAX_ROWS if self._resident and self._resident.can_batch else 1):
             if self._has_memory_for(row):
                 self._queue.admit(row)
                 self._guarded(lambda: self._begin(row), [row])
             elif row.done:
-                self._queue.remove(row)
+                self._queue.admit(row)  # the same
 
     def _has_memory_for(self, row: Row) -> bool:
         """Whether a row may begin; a row that never may, or has waited too long, is failed."""
@@ -341,12 +345,21 @@ class Scheduler:
         try:
             if not row.waits_for_memory_s:
                 check_prompt(row, self._resident)
-            if self._room.admits(row, self._running):
+            if self._fits(row):
                 return True
             self._room.wait(row)
         except GryphonError as error:
             row.fail(error.code, error.message, error.retry_after)
         return False
+
+    def _fits(self, row: Row) -> bool:
+        """As `Room.admits`; a draft model that nobody uses gives way to a row."""
+        assert self._room is not None
+        with contextlib.suppress(GryphonError):
+            if self._room.admits(row, self._running):
+                return True
+        self._give_up_draft([*self._running, row])
+        return self._room.admits(row, self._running)
 
     def _announce_wait(self, row: Row) -> None:
         if not row.announced_wait and self._resident is not None:
@@ -385,12 +398,24 @@ class Scheduler:
         self._room.hold_draft(None)
         try:
             progress = self._load_progress(row, ref)
-            self._lanes.load_draft(ref, self._resident, self._residency.budget, progress)
+            budget, make_way = self._residency.budget, self._room.make_way
+            self._lanes.load_draft(ref, self._resident, budget, make_way, progress)
         except GryphonError as error:
             memory.release()
             row.fail(error.code, error.message, error.retry_after)
-        else:
-            self._room.hold_draft(self._lanes.draft)
+        finally:
+            self._room.hold_draft(self._lanes.draft)  # the one before, if it was not even tried
+
+    def _give_up_draft(self, rows: list[Row]) -> bool:
+        """Let go of a draft model that none of these rows uses; whether there was one."""
+        assert self._room is not None
+        if self._lanes.draft is None or any(row.uses_draft for row in rows):
+            return False
+        logger.info(line("draft unloaded", model=self._lanes.draft.ref.name))
+        self._lanes.draft = None
+        self._room.hold_draft(None)
+        memory.release()
+        return True
 
     def _load_progress(self, row: Row, ref: ModelRef) -> Callable[[int, int], None]:
         def progress(done: int, total: int) -> None:
@@ -417,11 +442,17 @@ class Scheduler:
         newest.fail(error.code, error.message, error.retry_after)
         newest.caches = []
         if newest is self._prefilling:
-            self._prefilling = None
+            self._stop_prefill()
         self._lanes.leave()
         self._batch.drop(lambda row: row.done)
 
     # Prefill and decode.
+
+    def _stop_prefill(self) -> None:
+        """The row that is prefilled has ended; its states are of no use to it any more."""
+        row, self._prefilling = self._prefilling, None
+        if row is not None:
+            row.caches, row.lane = [], None
 
     def _prefill(self) -> None:
         """One chunk of one prompt, and whole short ones in what is left of the chunk's tokens.
@@ -435,7 +466,8 @@ class Scheduler:
             room -= row.processed - before
             self._admit()
             following = self._prefilling
-            if following is None or following is row:
+            # What a lane's draft model has read of the prompt took its part of the turn, too.
+            if following is None or following is row or row.lane is not None:
                 return
             if len(following.prompt) - 1 - following.processed > room:
                 return
@@ -446,7 +478,8 @@ class Scheduler:
         total = len(row.prompt) - 1
         size = room = memory_room.step(self._running)
         if not size:
-            self._end_newest()
+            if not self._give_up_draft(self._running):
+                self._end_newest()
             return
         while room and row.processed < total:
             stop = min(row.processed + room, total, *list(row.marks)[:1])
@@ -478,7 +511,8 @@ class Scheduler:
     def _make_room(self) -> None:
         """See to it that the rows that decode may feed another token each."""
         while self._room is not None and not self._room.can_grow(self._running):
-            self._end_newest()
+            if not self._give_up_draft(self._running):
+                self._end_newest()
 
     def _decode(self) -> None:
         # A row whose last allowed token is already being computed feeds nothing more.
@@ -497,7 +531,8 @@ class Scheduler:
         self._in_flight = launch
         self._drop(lambda row: row.done)
 
-    def _speculate(self, lane: Lane) -> None:
+    def _speculate(self) -> None:
+        lane = self._lanes.latest
         self._make_room()
         if not lane.row.done:
             lane.step(self._deliver)

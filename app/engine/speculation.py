@@ -214,9 +214,14 @@ class Lanes:
         ref: ModelRef,
         target: ResidentModel,
         budget: MemoryBudget,
+        make_way: Callable[[int], None],
         progress: Callable[[int, int], None],
     ) -> None:
         """Bring a draft model into memory beside the other, in place of the one before.
+
+        Args:
+            make_way: Called with the bytes that loading it takes, once it is known to fit.
+            progress: Called with bytes done and bytes in all.
 
         Raises:
             GryphonError: it does not fit, cannot be loaded, or has another vocabulary.
@@ -225,6 +230,7 @@ class Lanes:
         self.draft = None
         memory.release()
         plan = plan_resident(ref, budget, beside_bytes=target.loaded.nbytes)
+        make_way(plan.footprint.least_bytes)
         draft = load_resident(ref, plan, progress)
         _check_rollback(draft)
         self.draft = draft
@@ -250,6 +256,11 @@ class Lanes:
     def next(self) -> Lane:
         """The lane whose turn it is."""
         self._lanes.rotate(-1)
+        return self.latest
+
+    @property
+    def latest(self) -> Lane:
+        """The lane whose turn it was last; nothing has entered or left since."""
         return self._lanes[-1]
 
     def leave(self) -> list[Row]:

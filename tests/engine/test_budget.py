@@ -90,6 +90,7 @@ class Asked:
         elif isinstance(event, Progress) and event.detail == "waiting for memory":
             self.waits.set()
         elif isinstance(event, (Finished, Failed)):
+            self.ended_s = time.monotonic()
             self.ended.set()
 
     @property
@@ -293,6 +294,24 @@ def test_who_waits_too_long_is_told_when_to_come_again(
         assert not first.ended.is_set()
         small.scheduler.cancel(first.row)
         small.ask(model, 700).answer()
+
+
+def test_who_waited_for_memory_in_vain_had_a_turn(
+    models: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise each of a client's large requests holds up everybody for that long."""
+    monkeypatch.setattr(room, "MAX_WAIT_S", 0.1)
+    model = models["growing"]
+    with engine(budget_for(model, 1000)) as small:
+        running = small.ask(model, 600, max_tokens=None, client="ann")
+        assert running.first_token.wait(60)
+        large = [small.ask(model, 700, client="bob") for _ in range(3)]
+        assert large[0].waits.wait(60)
+        little = small.ask(model, 5, client="cleo")
+        for each in (*large, little):
+            assert each.failure.code == "out_of_memory"
+        assert large[0].ended_s < little.ended_s < large[1].ended_s
+        small.scheduler.cancel(running.row)
 
 
 def test_rows_that_outgrow_the_budget_end_newest_first_and_the_others_are_as_alone(

@@ -16,11 +16,13 @@ from mlx_lm.models import cache as zoo
 
 import mlxmodels
 from app.engine import prefix_cache, preparation
+from app.engine.batch import Launch
 from app.engine.client import EngineClient
 from app.engine.memory import MemoryBudget
 from app.engine.prefix_cache import PrefixCache
 from app.engine.protocol import (
     Accepted,
+    Failed,
     GenerationRequest,
     Message,
     ModelRef,
@@ -682,6 +684,28 @@ def test_an_entry_keeps_no_more_than_it_counts() -> None:
     gc.collect()
     assert cache.nbytes == 4 * 2 * 2 * 4096 * 4
     assert mx.get_active_memory() - before <= cache.nbytes + 2**17
+
+
+@pytest.mark.parametrize("family", ["open_llama", "recurrent_gemma"])
+def test_nothing_is_kept_of_an_answer_that_became_no_number(
+    checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Its states have read a token that nobody knows."""
+    genuine = Launch.was_broken
+
+    def was_broken(self: Launch, index: int) -> bool:
+        row = self.rows[index]
+        return genuine(self, index) or (row.request.id == "1" and row.generated == 5)
+
+    monkeypatch.setattr(Launch, "was_broken", was_broken)
+    model = checkpoints[family]
+    with engine(model) as cached, engine(model, 0) as plain:
+        broken = cached.submit(tokens_of(40))
+        assert broken.ended.wait(60) and isinstance(broken.end, Failed)
+        assert broken.end.code == "invalid_numbers" and len(broken.tokens) == 5
+        following = [*tokens_of(40), *broken.tokens, 7]
+        plain.ask([1], max_tokens=1)  # so that its request has another number
+        assert cached.ask(following).tokens == plain.ask(following).tokens
 
 
 def test_the_number_of_entries_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

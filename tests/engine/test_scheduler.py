@@ -8,6 +8,7 @@ import math
 import queue
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import mlxmodels
 from app.engine import residency, waiting
 from app.engine import scheduler as scheduling
 from app.engine.admission import PREFILL_CHUNK
-from app.engine.batch import Batch, Row
+from app.engine.batch import Batch, Launch, Row
 from app.engine.protocol import (
     Accepted,
     Event,
@@ -496,12 +497,45 @@ def test_an_exception_in_a_step_ends_its_rows_and_the_engine_goes_on(
     assert isinstance(harness.said["good"][-1], Finished)
 
 
+def test_an_error_in_a_prefill_costs_no_other_row_a_token(
+    harness: Harness, checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even while the step in flight has a row that has ended, as after every end."""
+    model = checkpoints["open_llama"]
+    expected = alone(harness, request(model, "a", max_tokens=20), prompt_of(5))
+    genuine, scheduler = harness.scheduler._prefill_chunk, harness.scheduler
+
+    def failing() -> None:
+        row = scheduler._prefilling
+        if row is not None and row.request.id == "bad":
+            raise RuntimeError("out of paper")
+        genuine()
+
+    monkeypatch.setattr(scheduler, "_prefill_chunk", failing)
+    bad = Row(request(model, "bad"), harness.events.put, prompt_of(5))
+    harness.rows["bad"], harness.said["bad"] = bad, []
+    neighbour: list[Row] = []
+
+    def happened(event: Event) -> None:  # on the scheduler's thread: both in the same turn
+        harness.events.put(event)
+        if isinstance(event, Token) and event.id == "a" and not bad.done and neighbour:
+            scheduler.cancel(neighbour.pop())
+            scheduler.submit(bad)
+
+    harness.said["a"] = []
+    neighbour.append(harness.submit(request(model, "b", max_tokens=400), prompt_of(7)))
+    while not harness.tokens("b"):
+        harness.next()
+    scheduler.submit(Row(request(model, "a", max_tokens=20), happened, prompt_of(5)))
+    harness.wait_all()
+    assert isinstance(harness.said["bad"][-1], Failed)
+    assert harness.tokens("a") == expected
+
+
 def test_a_failed_read_of_the_last_token_ends_its_row_once_and_the_engine_goes_on(
     harness: Harness, checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The row has left the batch by then; only the launched step still knows it."""
-    from app.engine.batch import Launch
-
     failures = []
 
     def failing(self: Launch) -> list[int]:
@@ -535,6 +569,27 @@ def test_logprobs_are_those_of_the_greedy_token_and_batch_with_rows_that_want_no
             assert event.logprob.logprob <= 0
     assert all(e.logprob is None for e in harness.said["b"] if isinstance(e, Token))
     assert all(e.logprob and not e.top for e in harness.said["c"] if isinstance(e, Token))
+
+
+def test_a_step_is_read_while_the_next_one_runs() -> None:
+    """To read is to compute nothing: that would begin only when what runs has ended."""
+    rows = [
+        Row(request(ModelRef("m", "m"), f"{i}", logprobs=True, top_logprobs=2), print)
+        for i in range(2)
+    ]
+    logits = mx.random.normal((2, 50))
+    launch = Launch.of(rows, logits, mx.argmax(logits, axis=-1))
+    large = mx.random.normal((2**22,))
+    mx.eval(large, launch.tokens)
+    began = time.monotonic()
+    mx.async_eval(mx.sort(large))
+    launch.token_ids()
+    for index in range(2):
+        assert not launch.was_broken(index)
+        assert len(launch.logprobs_of(index, 2)[1]) == 2
+    read = time.monotonic()
+    mx.eval(mx.zeros(1) + 1)
+    assert read - began < (time.monotonic() - began) / 2
 
 
 def test_a_stop_string_ends_the_text_before_it(

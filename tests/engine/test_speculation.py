@@ -8,7 +8,9 @@ never on these models.
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from app.engine.rollback import Checkpoint, trimmed
 from app.engine.sampling import RowGenerator
 from app.engine.scheduler import Scheduler
 from app.errors import GryphonError
+from mlxmodels.footprint import MIN_CHUNK, footprint
 
 from ..tiny_models import GEMMA2, LLAMA, OPEN_LLAMA, RECURRENT_GEMMA, byte_tokenizer, write_model
 from .test_batch_equals_single import FAMILIES, Entry, first_difference, is_near_tie
@@ -70,8 +73,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ModelRef,
 class Run:
     """Requests through a scheduler on the test's own thread, and all that it says about them."""
 
-    def __init__(self, prefix_cache_bytes: int = 0) -> None:
-        self.scheduler = Scheduler(prefix_cache_bytes)
+    def __init__(self, prefix_cache_bytes: int = 0, **options: Any) -> None:
+        self.scheduler = Scheduler(prefix_cache_bytes, **options)
         self.events: list[Event] = []
         self.rows: dict[str, Row] = {}
         self.on_event: Callable[[Event], None] = lambda event: None
@@ -457,6 +460,133 @@ def test_a_draft_model_is_loaded_once_and_counted(
     ] * 2
     weights = both.scheduler.snapshot.weight_bytes
     assert weights == 2 * alone.scheduler.snapshot.weight_bytes
+
+
+def test_a_draft_model_that_is_refused_leaves_the_one_before_and_its_account(
+    pairs: dict[str, tuple[ModelRef, ModelRef]], tmp_path: Path
+) -> None:
+    model, other = pairs["gemma"]
+    path = write_model(tmp_path / "swapped", GEMMA2)
+    text = byte_tokenizer().to_str().replace('"<eos>"', '"<end>"')
+    (path / "tokenizer.json").write_text(text)
+    refused = DraftModel(ModelRef("swapped", str(path)))
+    run = Run().play_in_turn(
+        request(model, "first", speculation=DraftModel(other)),
+        request(model, "refused", speculation=refused),
+        request(model, "last", speculation=DraftModel(other)),
+    )
+    loads = [e for e in run.events if isinstance(e, Progress) and e.phase == "load"]
+    assert isinstance(run.ended["refused"], Failed) and len(loads) == 4
+    scheduler = run.scheduler
+    assert scheduler._room is not None and scheduler._lanes.draft is not None
+    assert scheduler._room._weight_bytes == scheduler.snapshot.weight_bytes
+
+
+FAT = OPEN_LLAMA | {"num_hidden_layers": 12, "hidden_size": 64, "num_attention_heads": 2}
+FAT |= {"max_position_embeddings": 4096}
+WIDE = OPEN_LLAMA | {"hidden_size": 128, "intermediate_size": 8192}
+
+
+@pytest.fixture(scope="module")
+def fat_and_wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelRef, ModelRef]:
+    """A model with large states and one with large weights."""
+    root = tmp_path_factory.mktemp("fat")
+    names = {"fat": FAT, "wide": WIDE}
+    fat, wide = (ModelRef(n, str(write_model(root / n, c))) for n, c in names.items())
+    return fat, wide
+
+
+def test_a_draft_model_that_nobody_uses_gives_way_to_a_prompt(
+    fat_and_wide: tuple[ModelRef, ModelRef],
+) -> None:
+    fat, wide = fat_and_wide
+    own, draft = (footprint(Path(each.path), expand=True) for each in fat_and_wide)
+    beside = own.row_bytes(MIN_CHUNK, 256) + draft.row_bytes(MIN_CHUNK, 256)
+    assert beside < own.row_bytes(MIN_CHUNK, 601)
+    budget = own.weight_bytes + draft.weight_bytes + beside
+    prompt = repetitive(600)
+    run = Run(memory_bytes=budget).play_in_turn(
+        request(fat, "drafted", prompt_tokens=[1], max_tokens=4, speculation=DraftModel(wide)),
+        request(fat, "long", prompt_tokens=prompt, max_tokens=4),
+        request(fat, "again", prompt_tokens=[1], max_tokens=4, speculation=DraftModel(wide)),
+    )
+    assert len(run.tokens("long")) == 4
+    assert run.tokens("again") == run.tokens("drafted") and run.usage("again").drafted_tokens
+
+
+def test_what_is_kept_makes_way_for_a_draft_model_before_it_is_loaded(
+    fat_and_wide: tuple[ModelRef, ModelRef],
+) -> None:
+    fat, wide = fat_and_wide
+    own, draft = (footprint(Path(each.path), expand=True) for each in fat_and_wide)
+    budget = own.weight_bytes + draft.least_bytes + own.row_bytes(128, 256)
+    run, kept = Run(2**30, memory_bytes=budget), list[int]()
+    genuine = run.scheduler._load_progress
+
+    def load_progress(row: Row, ref: ModelRef) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            if ref == wide and not done:
+                prefixes = run.scheduler._prefixes
+                assert prefixes is not None
+                kept.extend([run.scheduler.snapshot.prefix_bytes, prefixes.nbytes])
+            genuine(row, ref)(done, total)
+
+        return progress
+
+    run.scheduler._load_progress = load_progress  # type: ignore[method-assign]
+    run.play_in_turn(
+        *(request(fat, f"{i}", prompt_tokens=repetitive(99, i), max_tokens=1) for i in range(9)),
+        request(fat, "drafted", prompt_tokens=[1], max_tokens=4, speculation=DraftModel(wide)),
+    )
+    assert len(run.tokens("drafted")) == 4
+    before, then = kept
+    assert then < before and own.weight_bytes + then + draft.least_bytes <= budget
+
+
+@pytest.mark.parametrize("speculation", [PromptLookup(), "draft"], ids=["lookup", "draft"])
+def test_nothing_is_left_of_models_that_have_speculated(
+    fat_and_wide: tuple[ModelRef, ModelRef], speculation: Any
+) -> None:
+    fat, wide = fat_and_wide
+    run = Run()
+    asked = request(wide, speculation=DraftModel(wide) if speculation == "draft" else speculation)
+    before: list[int] = []
+    after: list[int] = []
+
+    def happened(event: Event) -> None:
+        if isinstance(event, Finished) and event.id == "a":
+            run.submit(request(fat, "b", max_tokens=1))
+        elif isinstance(event, Finished):
+            (before if not run.rows.get("a") else after).append(mx.get_active_memory())
+            if not after:
+                run.submit(asked)
+
+    run.on_event = happened
+    run.play(request(fat, "first", max_tokens=1))
+    assert after[0] - before[0] < 2**20
+
+
+def test_a_row_that_is_cancelled_in_its_prefill_takes_the_drafts_states_with_it(
+    pairs: dict[str, tuple[ModelRef, ModelRef]],
+) -> None:
+    """At once, not when Python next looks for cycles."""
+    model, other = pairs["open_llama"]
+    run, lanes = Run(), list[weakref.ref[speculating.Lane]]()
+
+    def happened(event: Event) -> None:
+        lane = run.rows["a"].lane
+        if isinstance(event, Progress) and event.phase == "prefill" and not lanes and lane:
+            lanes.append(weakref.ref(lane))
+            run.scheduler.cancel(run.rows["a"])
+
+    run.on_event = happened
+    gc.disable()
+    try:
+        asked = request(model, prompt_tokens=repetitive(400), speculation=DraftModel(other))
+        run.play(asked)
+        assert lanes[0]() is None and not run.rows["a"].caches
+    finally:
+        gc.enable()
 
 
 def test_a_model_that_rotates_by_length_is_refused_by_name(tmp_path: Path) -> None:
