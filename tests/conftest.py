@@ -12,6 +12,10 @@ import pytest
 # The prepared library is the one thing all tests share.
 _SHARED = Path(tempfile.gettempdir()) / f"gryphon-tests-{os.getuid()}"
 os.environ["GRYPHON_HOME"] = str(_SHARED)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # OpenBLAS's threads spin while they wait for each other: on cores that other test processes
+    # use too, a product then takes many times as long.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from app.engine import blas  # noqa: E402  (needs GRYPHON_HOME)
 
