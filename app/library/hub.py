@@ -17,15 +17,17 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx2
 import huggingface_hub
-from huggingface_hub import constants, get_token, hf_hub_url
+from huggingface_hub import ModelInfo, constants, get_session, get_token, hf_hub_url
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
 )
+from huggingface_hub.utils import hf_raise_for_status
 
 from app import __version__
 from app.errors import GryphonError
+from app.library import hub_client
 from app.library.hub_errors import (
     Interruption,
     RepositoryChanged,
@@ -99,6 +101,7 @@ class Hub:
             raise offline_mode()
         # With it on, huggingface_hub looks up and tells which program started us.
         constants.HF_HUB_DISABLE_TELEMETRY = True
+        hub_client.install()
         self.patience = patience or Patience()
         self._api = huggingface_hub.HfApi(
             endpoint=constants.ENDPOINT, library_name="gryphon", library_version=__version__
@@ -176,18 +179,25 @@ class Hub:
         Raises:
             GryphonError: no network, …
         """
-        return self._ask(
-            "the search",
-            lambda: list(
-                self._api.list_models(
-                    search=query,
-                    filter="safetensors",
-                    sort="downloads",
-                    limit=limit,
-                    expand=["safetensors", "config", "downloads", "gated"],
-                )
-            ),
-        )
+
+        # Not HfApi.list_models: it waits without end, and follows as many pages as it is given.
+        def request() -> list[Any]:
+            response = get_session().get(
+                f"{constants.ENDPOINT}/api/models",
+                params={
+                    "search": query,
+                    "filter": "safetensors",
+                    "sort": "downloads",
+                    "limit": limit,
+                    "expand": ["safetensors", "config", "downloads", "gated"],
+                },
+                headers=self._headers,
+                timeout=self.patience.stall_s,
+            )
+            hf_raise_for_status(response)
+            return [ModelInfo(**item) for item in response.json()][:limit]
+
+        return self._ask("the search", request)
 
     def read(self, repository: Repository, file: RemoteFile, start: int, end: int) -> bytes:
         """Bytes `start` to `end` of a file.
@@ -334,6 +344,8 @@ class Hub:
                 raise offline_mode() from error
             except HfHubHTTPError as error:
                 raise failed_answer(error.response, name, has_token=self._has_token) from error
+            except hub_client.UnfitAnswer as error:
+                raise _not_understood(name, str(error)) from error
             except httpx2.HTTPError as error:
                 host = urlsplit(constants.ENDPOINT).hostname or constants.ENDPOINT
                 raise failed_connection(error, host, self.patience.stall_s) from error

@@ -46,7 +46,7 @@ def search(hub: Hub, query: str, limit: int) -> list[Found]:
 def _found(info: Any) -> Found | None:
     config = info.config if isinstance(info.config, dict) else {}
     family = config.get("model_type")
-    counts = info.safetensors.parameters if info.safetensors else {}
+    counts = _counts(info.safetensors.parameters) if info.safetensors else {}
     runnable = isinstance(family, str) and registry.supported(family) is not None
     if not runnable or not counts or config.get("auto_map"):
         return None
@@ -58,6 +58,13 @@ def _found(info: Any) -> Found | None:
         downloads=info.downloads if isinstance(info.downloads, int) else 0,
         gated=bool(info.gated),
     )
+
+
+def _counts(parameters: Any) -> dict[str, int]:
+    """Values per dtype, of what the hub says of them."""
+    if not isinstance(parameters, dict):
+        return {}
+    return {k: n for k, n in parameters.items() if type(n) is int and 0 <= n < 2**53}
 
 
 def _quantization(config: dict[str, Any], counts: dict[str, int]) -> str:

@@ -4,12 +4,15 @@ what was missing is fetched again, and nothing is listed before it is whole."""
 from __future__ import annotations
 
 import errno
+import gzip
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +23,7 @@ from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir, snapshot_download
 
 from app.errors import GryphonError
-from app.library import transfer
+from app.library import hub_client, transfer
 from app.library.file_lock import locked
 from app.library.hub import Hub
 from app.library.hub_cache import RepositoryCache
@@ -808,6 +811,42 @@ def test_bodies_of_a_metadata_request_that_no_hub_sends(
                  {"id": "org/model", "sha": "a" * 40, "siblings": [3]}):  # fmt: skip
         monkeypatch.setattr(_Handler, "_info", lambda self, *_, info=info: info)
         assert refusal(lambda: make_plan(client, "org/model")).code == "hub_not_understood"
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_metadata_answer_without_end_is_left(
+    hub: HubServer, client: Hub, files: Any, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(hub_client, "MAX_ANSWER_BYTES", 1_000_000)
+    hub.api_faults.append(Fault(status=status, body=itertools.repeat(b" " * 10_000)))
+    found = refusal(lambda: make_plan(client, "org/model"))
+    assert found.code == "hub_not_understood" and "more than 1,000,000 bytes" in found.message
+    assert hub.requests[-1].sent < 10_000_000  # what the sockets between hold
+
+
+def test_a_metadata_answer_that_trickles_is_left(
+    hub: HubServer, client: Hub, files: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_client, "MAX_ANSWER_S", 0.2)
+
+    def trickle() -> Iterator[bytes]:
+        while True:
+            time.sleep(0.05)
+            yield b" "
+
+    hub.api_faults.append(Fault(status=200, body=trickle()))
+    assert "longer than 0.2 seconds" in refusal(lambda: make_plan(client, "org/model")).message
+
+
+def test_a_compressed_metadata_answer_is_not_unpacked(
+    hub: HubServer, client: Hub, files: Any
+) -> None:
+    bomb = gzip.compress(bytes(100_000))
+    hub.api_faults.append(
+        Fault(status=200, body=iter([bomb]), headers={"Content-Encoding": "gzip"})
+    )
+    found = refusal(lambda: make_plan(client, "org/model"))
+    assert found.code == "hub_not_understood" and "compressed" in found.message
 
 
 def test_blobs_have_the_permissions_of_the_umask(
