@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.cli.fit import current_budget
 from app.cli.terminal import StatusLine, bar, can_ask, confirm, human_bytes, table
 from app.errors import GryphonError
 from app.library import adapters
@@ -27,8 +28,12 @@ def search(arguments: argparse.Namespace) -> int:
         raise GryphonError("usage", f"--limit must be at least 1, got {arguments.limit}.")
     with Hub() as hub:
         found = search_hub(hub, arguments.query, min(arguments.limit, 100))
+    room = current_budget().bytes
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(one) for one in found], indent=2))
+        fields = [
+            dataclasses.asdict(one) | {"weights_fit": one.weight_bytes <= room} for one in found
+        ]
+        print(json.dumps(fields, indent=2))
     elif not found:
         print(f"The hub has nothing that runs here under {arguments.query!r}. Try fewer words.")
     else:
@@ -40,12 +45,23 @@ def search(arguments: argparse.Namespace) -> int:
                 one.family,
                 one.quantization,
                 str(one.downloads),
-                "installed" if one.name in here else "gated" if one.gated else "",
+                ", ".join(
+                    word
+                    for word, said in (
+                        ("installed", one.name in here),
+                        ("gated", one.gated and one.name not in here),
+                        ("does not fit here", one.weight_bytes > room),
+                    )
+                    if said
+                ),
             )
             for one in found
         ]
         print(table(["NAME", "SIZE", "FAMILY", "QUANTIZATION", "DOWNLOADS", ""], rows))
-        print("\n`gryphon pull NAME` fetches one.")
+        print(
+            "\n`gryphon pull NAME` fetches one; with `--dry-run` it says what it takes in memory, "
+            "and with which context it fits."
+        )
     return 0
 
 

@@ -1,17 +1,19 @@
-"""Does an installed model fit this machine, and with how much context? From its files, no MLX."""
+"""Does a model fit this machine, and with how much context? From its files, no MLX."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from app import machine
 from app.errors import GryphonError
-from app.library.installed import InstalledModel
+from app.library.installed import InstalledModel, context_length
 from app.settings import Settings
 from mlxmodels import footprint as footprints
 from mlxmodels.errors import ModelError
 from mlxmodels.footprint import MIN_CHUNK, MIN_CONTEXT, Footprint
+from mlxmodels.safetensors_header import TensorEntry
 
 _CONTEXTS = (2048, 8192, 32768, 131072)
 
@@ -65,17 +67,35 @@ def estimated_budget() -> Budget:
 
 
 def fit(model: InstalledModel, budget: Budget) -> Fit:
-    """Hold a model against a budget.
+    """Hold an installed model against a budget.
 
     Raises:
         GryphonError: "invalid_model" when its files do not say what it takes.
     """
     try:
-        held, expanded = footprints.as_held(model.path, budget.bytes, on_gpu=budget.on_gpu)
+        config, tensors = footprints.read_directory(model.path)
     except ModelError as error:
         raise GryphonError("invalid_model", str(error)) from error
+    return fit_of(config, tensors, budget)
+
+
+def fit_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], budget: Budget) -> Fit:
+    """Hold a model against a budget, wherever its files are.
+
+    Args:
+        config: config.json.
+        tensors: Of all its files together, by name.
+
+    Raises:
+        GryphonError: "invalid_model" when they do not say what it takes.
+    """
+    try:
+        held, expanded = footprints.held(config, tensors, budget.bytes, on_gpu=budget.on_gpu)
+    except ModelError as error:
+        raise GryphonError("invalid_model", str(error)) from error
+    longest = context_length(config)
     room = held.largest_context(budget.bytes - held.weight_bytes, MIN_CHUNK)
-    limits = [limit for limit in (room, model.context_length) if limit is not None]
+    limits = [limit for limit in (room, longest) if limit is not None]
     largest = min(limits, default=None)
     if held.least_bytes > budget.bytes:
         return Fit("does not fit", held, budget, _states(held, None), 0, "memory")
@@ -83,7 +103,7 @@ def fit(model: InstalledModel, budget: Budget) -> Fit:
         verdict="fits" if expanded is None else "fits, slowly",
         footprint=held,
         budget=budget,
-        state_bytes=_states(held, model.context_length),
+        state_bytes=_states(held, longest),
         largest_context=largest,
         limited_by=None if largest is None else "memory" if largest == room else "model",
     )

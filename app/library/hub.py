@@ -17,13 +17,12 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx2
 import huggingface_hub
-from huggingface_hub import ModelInfo, constants, get_session, get_token, hf_hub_url
+from huggingface_hub import constants, get_session, get_token, hf_hub_url, hf_raise_for_status
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import hf_raise_for_status
 
 from app import __version__
 from app.errors import GryphonError
@@ -195,7 +194,7 @@ class Hub:
                 timeout=self.patience.stall_s,
             )
             hf_raise_for_status(response)
-            return [ModelInfo(**item) for item in response.json()][:limit]
+            return [_model_info(item) for item in response.json()][:limit]
 
         return self._ask("the search", request)
 
@@ -419,6 +418,10 @@ def _remote_file(name: str, sibling: Any) -> RemoteFile:
     if not isinstance(etag, str) or not _ETAG.fullmatch(etag):
         raise _not_understood(name, f"{sibling.rfilename!r} has the content name {etag!r}")
     return RemoteFile(str(sibling.rfilename), size, etag)
+
+
+def _model_info(fields: dict[str, Any]) -> Any:
+    return huggingface_hub.ModelInfo(**fields)  # type: ignore[no-untyped-call]
 
 
 def _license(info: Any) -> str | None:

@@ -19,7 +19,7 @@ MAX_ANSWER_S = 120.0
 
 
 class UnfitAnswer(ValueError):
-    """An answer that is not read to its end. The message completes "it is not what a hub says: "."""
+    """An answer that is not read to its end; the message says why."""
 
 
 def install() -> None:

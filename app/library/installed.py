@@ -32,6 +32,7 @@ _UNLIMITED_FAMILIES = frozenset({"recurrent_gemma"})
 # A name of a file, whatever it is: a test's or another program's cache may be generous.
 _COMMIT = re.compile(r"\w+")
 _MIN_COMMIT = 7
+_WORD = re.compile(r"[\w.-]{1,40}")
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -210,7 +211,7 @@ def read_tensors(file: Path) -> dict[str, TensorEntry]:
         raise GryphonError("invalid_model", str(error)) from error
 
 
-def context_length(config: dict[str, Any]) -> int | None:
+def context_length(config: Mapping[str, Any]) -> int | None:
     """Tokens the model can attend to; None when it has no limit or the config does not say."""
     if config.get("model_type") in _UNLIMITED_FAMILIES:
         return None
@@ -235,7 +236,8 @@ def quantization(config: dict[str, Any], tensors: Callable[[], Mapping[str, Tens
         if bits:
             widths = "/".join(map(str, bits))
             return f"{widths}-bit" if len(bits) == 1 else f"mixed {widths}-bit"
-        return str(settings.get("quant_method", "quantized"))
+        method = settings.get("quant_method")
+        return method if isinstance(method, str) and _WORD.fullmatch(method) else "quantized"
     largest = max(tensors().values(), key=lambda tensor: tensor.nbytes, default=None)
     return _DTYPE_NAMES.get(largest.dtype, largest.dtype) if largest else "empty"
 

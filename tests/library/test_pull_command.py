@@ -19,10 +19,10 @@ import pytest
 
 from app.cli import main
 from app.library.hub_cache import RepositoryCache
-from app.library.installed import installed_models
+from app.library.installed import find_model, installed_models
 
 from ..hub_server import HubServer
-from .model_files import model_files
+from .model_files import CONFIG, model_files
 
 GRYPHON = str(Path(sys.executable).with_name("gryphon"))
 
@@ -250,6 +250,79 @@ def at_terminal(typed: str, *words: str) -> str:
     process.wait(30)
     os.close(ours)
     return shown.decode()
+
+
+BIG = CONFIG | {"hidden_size": 2048, "num_hidden_layers": 16, "max_position_embeddings": 8192}
+
+
+def test_a_pull_says_what_the_model_takes_in_memory(
+    hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same arithmetic before a pull as after it."""
+    hub.add("org/model", model_files(shards=2, size=1_000_000, config=BIG))
+    monkeypatch.setenv("GRYPHON_MEMORY_BYTES", str(2_000_000_000))
+    before = run("pull", "org/model", "--dry-run")
+    (plan,) = events(run("pull", "org/model", "--dry-run", "--json").stdout)
+    assert run("pull", "org/model").returncode == 0
+    after = json.loads(run("show", "org/model", "--fit", "--json").stdout)
+    assert plan["fit"] == {key: value for key, value in after.items() if key != "name"}
+    assert (after["limited_by"], 256 < after["largest_context"] < 8192) == ("memory", True)
+    for line in run("show", "org/model", "--fit").stdout.splitlines():
+        assert line in before.stdout, line
+
+
+def test_what_does_not_fit_is_asked_about(
+    hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/model", model_files(size=1_000_000, config=BIG))
+    monkeypatch.setenv("GRYPHON_MEMORY_BYTES", "900000")
+    plan, failed = events(run("pull", "org/model", "--json").stdout)
+    assert plan["fit"]["verdict"] == "does not fit" and failed["code"] == "does_not_fit"
+    done = run("pull", "org/model")
+    assert done.returncode == 1 and "--yes" in done.stderr.splitlines()[-1]
+    for answer in ("\n", "n\n"):
+        shown = at_terminal(answer, "pull", "org/model")
+        assert "does not fit" in shown and "[y/N]" in shown and "Nothing was downloaded." in shown
+    assert installed_models() == []
+    (found,) = events(json.dumps(json.loads(run("search", "model", "--json").stdout)[0]))
+    assert not found["weights_fit"] and "does not fit here" in run("search", "model").stdout
+    assert run("pull", "org/model", "--yes").returncode == 0
+    assert [one.name for one in installed_models()] == ["org/model"]
+    assert run("pull", "org/model").returncode == 0  # here already: nothing to ask
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"model_type": "llama"},
+        {"num_attention_heads": 0.5},
+        {"num_hidden_layers": 2**31 - 1},
+        {"model_type": "gemma2", "num_hidden_layers": 2**31 - 1},
+        {"model_type": "recurrent_gemma", "num_hidden_layers": 2**31 - 1},
+        {"hidden_size": float("nan")},
+        {"hidden_size": -1},
+        {"vocab_size": [1]},
+    ],
+)
+def test_a_config_without_usable_sizes_has_no_verdict(
+    hub: HubServer, run: Run, sizes: dict[str, Any]
+) -> None:
+    hub.add("org/model", model_files(config={"model_type": "open-llama"} | sizes))
+    (plan,) = events(run("pull", "org/model", "--dry-run", "--json").stdout)
+    assert plan["fit"] is None
+    assert "unknown" in run("pull", "org/model", "--dry-run").stdout
+
+
+def test_what_a_repository_says_cannot_command_the_terminal(hub: HubServer, run: Run) -> None:
+    hostile = CONFIG | {"quantization_config": {"quant_method": "x\x1b[2J\nfake"}}
+    hub.add("org/model", model_files(config=hostile))
+    shown = run("pull", "org/model", "--dry-run").stdout
+    assert run("pull", "org/model").returncode == 0
+    for text in (shown, run("list").stdout, run("show", "org/model").stdout):
+        assert "\x1b" not in text and "\nfake" not in text
+    config = {"model_type": "x\x1b[2J", "num_hidden_layers": 2}  # another program fetched it
+    (find_model("org/model").path / "config.json").resolve().write_text(json.dumps(config))
+    assert "\x1b" not in run("list").stdout + run("show", "org/model").stdout
 
 
 def test_two_at_once_fetch_it_once(hub: HubServer) -> None:

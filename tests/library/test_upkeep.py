@@ -336,14 +336,15 @@ def test_a_family_that_nothing_runs_is_refused_before_the_download(
 
 def test_a_search_that_nobody_answers_ends(hub: HubServer) -> None:
     hub.api_faults.append(Fault(stall_at=0, times=None))
-    with Hub(Patience(stall_s=0.2, attempts=2, first_wait_s=0.01)) as client:
-        with pytest.raises(GryphonError) as caught:
-            search(client, "model", 5)
+    quick = Patience(stall_s=0.2, attempts=2, first_wait_s=0.01)
+    with Hub(quick) as client, pytest.raises(GryphonError) as caught:
+        search(client, "model", 5)
     assert caught.value.code == "hub_unavailable"
 
 
 @pytest.mark.parametrize(
-    "parameters", [{"F16": "9" * 9}, {"F16": -5}, {"F16": 10**400}, {"F16": None}, [3], 7, {"F16": True}]
+    "parameters",
+    [{"F16": "9" * 9}, {"F16": -5}, {"F16": 10**400}, {"F16": None}, [3], 7, {"F16": True}],
 )
 def test_a_search_survives_counts_that_are_none(hub: HubServer, parameters: Any) -> None:
     hub.add("org/model", model_files())
