@@ -37,6 +37,8 @@ class Fault:
     """Close the connection before this byte."""
     stall_at: int | None = None
     """Send nothing from this byte on, and keep the connection open."""
+    silent: bool = False
+    """Accept the request for the content and never answer it."""
     wrong_byte_at: int | None = None
     etag: str | None = None
     """Say this etag, as a hub does whose file was replaced."""
@@ -125,6 +127,8 @@ class HubServer:
         """Spoil the next metadata requests (`status`, `headers`, `stall_at`, `body` alone)."""
         self.search_extra: dict[str, Any] = {}
         """Said of every model that a search finds, whatever is true."""
+        self.silent = threading.Event()
+        """Set once a request is left without an answer."""
         self._faults: dict[str, list[Fault]] = {}
         self._lock = threading.Lock()
         self._released = threading.Event()
@@ -439,6 +443,9 @@ class _Handler(BaseHTTPRequestHandler):
         self, file: str, data: bytes, headers: dict[str, str], fault: Fault | None
     ) -> None:
         fault = fault or Fault()
+        if fault.silent:
+            self.hub.silent.set()
+            self.hub._released.wait(60)
         start, end, status = 0, len(data), 200
         wanted = self.headers.get("Range", "")
         if wanted.startswith("bytes=") and not fault.ignore_range:

@@ -10,6 +10,7 @@ import contextlib
 import re
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -113,7 +114,7 @@ class Hub:
                 self.patience.stall_s, connect=self.patience.connect_s, pool=None
             ),
         )
-        self._streams: set[Any] = set()
+        self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.Lock()
         self.closed = threading.Event()
 
@@ -132,12 +133,9 @@ class Hub:
         """Cut the open transfers: their threads see an Interruption."""
         with self._lock:
             self.closed.set()
-            streams = list(self._streams)
-        for stream in streams:
-            # Closing a socket does not wake the thread that reads from it; shutting it down does.
-            # Not SSLSocket's own shutdown, which takes the TLS state from under that thread.
-            with contextlib.suppress(OSError, AttributeError):
-                socket.socket.shutdown(stream.get_extra_info("socket"), socket.SHUT_RDWR)
+            connections = list(self._connections)
+        for connection in connections:
+            _cut(connection)
 
     def resume(self) -> None:
         """Transfers may start again after `interrupt`, once its threads have ended."""
@@ -264,21 +262,29 @@ class Hub:
         host = urlsplit(url).hostname or url
         try:
             response = self._client.send(
-                self._client.build_request("GET", url, headers=headers), stream=True
+                self._client.build_request(
+                    "GET", url, headers=headers, extensions={"trace": self._trace}
+                ),
+                stream=True,
             )
         except httpx2.HTTPError as error:
             raise failed_connection(error, host, self.patience.stall_s) from error
-        stream = response.extensions.get("network_stream")
-        with self._lock:
-            self._streams.add(stream)
         try:
             if self.closed.is_set():  # `interrupt` was called before it could see this connection
                 raise failed_connection(httpx2.ReadError("closed"), host, 0)
             yield response
         finally:
-            with self._lock:
-                self._streams.discard(stream)
             response.close()
+
+    def _trace(self, event: str, info: dict[str, Any]) -> None:
+        """Remember every connection from its first moment: it may never bring an answer."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            connection = info["return_value"]
+            with self._lock:
+                self._connections.add(connection)
+                closed = self.closed.is_set()
+            if closed:
+                _cut(connection)
 
     def _begins_at(
         self,
@@ -365,6 +371,13 @@ class Hub:
                 # Nobody waits half a minute to read that the network is off.
                 if wait_s is None or (error.offline and failures > 1) or self.closed.wait(wait_s):
                     raise lasting(error, name) from error
+
+
+def _cut(connection: Any) -> None:
+    # Closing a socket does not wake the thread that reads from it; shutting it down does.
+    # Not SSLSocket's own shutdown, which takes the TLS state from under that thread.
+    with contextlib.suppress(OSError, TypeError):  # closed, or no socket of its own (TLS in TLS)
+        socket.socket.shutdown(connection.get_extra_info("socket"), socket.SHUT_RDWR)
 
 
 def _check_pinned(

@@ -215,10 +215,12 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     """Tokens the model can attend to; None when it has no limit or the config does not say."""
     if config.get("model_type") in _UNLIMITED_FAMILIES:
         return None
-    for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        value = config.get(key)
-        if isinstance(value, int) and value > 0:
-            return value
+    text = config.get("text_config")  # of a model that reads pictures too
+    for source in (config, text if isinstance(text, dict) else {}):
+        for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+            value = source.get(key)
+            if type(value) is int and 0 < value < 2**53:
+                return value
     return None
 
 

@@ -42,6 +42,8 @@ _INDEX = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 64_000_000
 _MAX_REMOTE_HEADER_BYTES = 25_000_000
 """The limit of huggingface_hub; real ones have a megabyte at most."""
+_MAX_TENSORS = 2_000_000
+"""The largest model known has a seventh of a million."""
 _SPARE_BYTES = 100_000_000
 _HEADERS_AT_ONCE = 8
 _ATTEMPTS = 3
@@ -284,6 +286,8 @@ def _headers(
                     name = one_line(min(twice))
                     raise _invalid(repository.name, f"two of its files hold the tensor {name}")
                 tensors |= entries
+                if len(tensors) > _MAX_TENSORS:
+                    raise _invalid(repository.name, f"it has more than {_MAX_TENSORS:,} tensors")
         except BaseException:
             hub.interrupt()
             pool.shutdown(cancel_futures=True)

@@ -247,6 +247,17 @@ def test_retry_after_is_waited_for(hub: HubServer, client: Hub, files: dict[str,
         assert 0.5 <= (wait_s or 0) / (0.01 * 2**n) <= 1.5
 
 
+@pytest.mark.parametrize(
+    "said", ["Mon, 01 Jan 99999999999 00:00:00 GMT", "soon", "-1", "\xb2", "1e9"]
+)
+def test_a_retry_after_without_sense_is_no_time(
+    hub: HubServer, client: Hub, files: dict[str, bytes], said: str
+) -> None:
+    plan = make_plan(client, "org/model")
+    hub.spoil(WEIGHTS, status=503, headers={"Retry-After": said})
+    assert_whole(pull(client, plan, Watch()), files)
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_metadata_is_asked_for_again_and_then_given_up(
     hub: HubServer, client: Hub, files: dict[str, bytes], status: int
@@ -399,6 +410,25 @@ def test_a_cancelled_pull_ends_at_once_and_is_continued(
     assert_whole(pull(client, plan, Watch()), files)
     assert hub.answers(WEIGHTS)[-1].start == at
     assert hub.sent() - before <= len(files[WEIGHTS]) - at + 1000  # and the header, looked at again
+
+
+def test_a_pull_cancelled_before_any_answer_ends_at_once(
+    hub: HubServer, client: Hub, files: dict[str, bytes]
+) -> None:
+    plan = make_plan(client, "org/model")
+    hub.spoil(WEIGHTS, silent=True, times=None)
+
+    def cancel(status: Status) -> None:
+        if hub.silent.is_set():
+            raise Cancelled
+
+    # It would wait a second for its threads, and they a minute for an answer.
+    with Hub(Patience(connect_s=1, stall_s=60)) as patient, pytest.raises(Cancelled):
+        pull(patient, plan, Watch(cancel))
+    assert not [one for one in threading.enumerate() if one.name.startswith("transfer-")]
+    hub.heal()
+    hub.release()
+    assert_whole(pull(client, plan, Watch()), files)
 
 
 def test_the_second_of_two_pulls_waits_and_fetches_nothing(
@@ -675,6 +705,13 @@ INDEX = "model.safetensors.index.json"
                     '{"a":{"dtype":"F16","shape":[5000000000],"data_offsets":[0,10000000000]}}'
                 ),
             ),
+            "invalid_model",
+        ),
+        (
+            replaced(WEIGHTS, header(
+                '{"a":{"dtype":"F16","shape":[' + ",".join(["9" * 4000] * 500)
+                + '],"data_offsets":[0,8]}}', bytes(8)
+            )),
             "invalid_model",
         ),
         (replaced(INDEX, b'{"weight_map": {"a": "../../x.safetensors"}}'), "invalid_model"),

@@ -313,6 +313,24 @@ def test_a_config_without_usable_sizes_has_no_verdict(
     assert "unknown" in run("pull", "org/model", "--dry-run").stdout
 
 
+@pytest.mark.parametrize("length", [10**400, 2**60, True, -1, 0.5])
+def test_a_context_length_without_sense_is_none(hub: HubServer, run: Run, length: Any) -> None:
+    config = {"model_type": "open-llama", "max_position_embeddings": length}
+    hub.add("org/model", model_files(config=config))
+    assert run("pull", "org/model", "--dry-run").returncode == 0
+    (plan,) = events(run("pull", "org/model", "--dry-run", "--json").stdout)
+    assert plan["context_length"] is None
+
+
+def test_a_model_of_several_parts_has_the_context_of_its_text_part(
+    hub: HubServer, run: Run
+) -> None:
+    text = CONFIG | {"max_position_embeddings": 4096}
+    hub.add("org/model", model_files(config={"model_type": "gemma3", "text_config": text}))
+    (plan,) = events(run("pull", "org/model", "--dry-run", "--json").stdout)
+    assert plan["context_length"] == 4096
+
+
 def test_what_a_repository_says_cannot_command_the_terminal(hub: HubServer, run: Run) -> None:
     hostile = CONFIG | {"quantization_config": {"quant_method": "x\x1b[2J\nfake"}}
     hub.add("org/model", model_files(config=hostile))
