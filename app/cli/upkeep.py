@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.cli.fit import current_budget
 from app.cli.terminal import StatusLine, bar, can_ask, confirm, human_bytes, table
 from app.errors import GryphonError
 from app.library import adapters
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 def search(arguments: argparse.Namespace) -> int:
     """Print models of the hub."""
+    from app.cli.fit import current_budget
     from app.library.hub import Hub
     from app.library.search import search as search_hub
 
