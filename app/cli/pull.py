@@ -49,8 +49,8 @@ def pull(arguments: argparse.Namespace) -> int:
 
     name, revision = parse_name(arguments.name, arguments.revision)
     view = _JsonView() if arguments.json else _View(installed_name(name, revision))
-    with Hub() as hub, view:
-        view.looking()
+    with Hub(tell=view.looking) as hub, view:
+        view.looking("asking the hub")
         plan = make_plan(hub, name, revision)
         fit = _fit(plan)
         view.plan(plan, fit, dry_run=arguments.dry_run)
@@ -101,8 +101,9 @@ def _fit(plan: PullPlan) -> Fit | None:
     from app.cli.fit import current_budget
     from app.library.fit import fit_of
 
+    budget = current_budget()
     with contextlib.suppress(GryphonError):
-        return fit_of(plan.config, plan.tensors, current_budget())
+        return fit_of(plan.config, plan.tensors, budget)
     return None
 
 
@@ -150,8 +151,8 @@ class _View:
         what = f"{human_bytes(missing)} from {where}" if missing else "nothing: it is installed"
         print(f"{name}: would fetch {what}.")
 
-    def looking(self) -> None:
-        self._line.show(f"{self._asked}: asking the hub")
+    def looking(self, what: str) -> None:
+        self._line.show(f"{self._asked}: {what}")
 
     def plan(self, plan: PullPlan, fit: Fit | None, *, dry_run: bool) -> None:
         self._line.clear()
@@ -189,7 +190,7 @@ class _JsonView(_View):
     def simple_plan(self, name: str, missing: int, where: str) -> None:
         self._write("plan", name=name, missing_bytes=missing, installed=not missing)
 
-    def looking(self) -> None:
+    def looking(self, what: str) -> None:
         """Nothing: the plan is the first event."""
 
     def plan(self, plan: PullPlan, fit: Fit | None, *, dry_run: bool) -> None:

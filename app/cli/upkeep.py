@@ -26,8 +26,13 @@ def search(arguments: argparse.Namespace) -> int:
 
     if arguments.limit < 1:
         raise GryphonError("usage", f"--limit must be at least 1, got {arguments.limit}.")
-    with Hub() as hub:
-        found = search_hub(hub, arguments.query, min(arguments.limit, 100))
+    line = StatusLine()
+    with Hub(tell=line.show) as hub:
+        line.show("asking the hub")
+        try:
+            found = search_hub(hub, arguments.query, min(arguments.limit, 100))
+        finally:
+            line.clear()
     room = current_budget().bytes
     if arguments.json:
         fields = [

@@ -92,8 +92,15 @@ class Body:
 class Hub:
     """Connections to the hub; used from several threads. A context manager."""
 
-    def __init__(self, patience: Patience | None = None) -> None:
+    def __init__(
+        self,
+        patience: Patience | None = None,
+        tell: Callable[[str], object] = lambda what: None,
+    ) -> None:
         """
+        Args:
+            tell: Hears why a small request takes long, from any thread; transfers report their own.
+
         Raises:
             GryphonError: "offline_mode", or "token_invalid" when the stored one cannot be read.
         """
@@ -103,6 +110,7 @@ class Hub:
         constants.HF_HUB_DISABLE_TELEMETRY = True
         hub_client.install()
         self.patience = patience or Patience()
+        self._tell = tell
         self._api = huggingface_hub.HfApi(
             endpoint=constants.ENDPOINT, library_name="gryphon", library_version=__version__
         )
@@ -369,7 +377,10 @@ class Hub:
                 failures += 1
                 wait_s = self.patience.wait_s(failures, error)
                 # Nobody waits half a minute to read that the network is off.
-                if wait_s is None or (error.offline and failures > 1) or self.closed.wait(wait_s):
+                if wait_s is None or (error.offline and failures > 1):
+                    raise lasting(error, name) from error
+                self._tell(f"{error.reason}; asking again")
+                if self.closed.wait(wait_s):
                     raise lasting(error, name) from error
 
 

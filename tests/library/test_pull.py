@@ -263,7 +263,11 @@ def test_metadata_is_asked_for_again_and_then_given_up(
     hub: HubServer, client: Hub, files: dict[str, bytes], status: int
 ) -> None:
     hub.api_faults.append(Fault(status=status, times=2))
-    assert make_plan(client, "org/model").total_bytes == sum(map(len, files.values()))
+    told: list[str] = []
+    with Hub(QUICK, told.append) as telling:
+        plan = make_plan(telling, "org/model")
+    assert plan.total_bytes == sum(map(len, files.values()))
+    assert told == [f"127.0.0.1 answers {status}; asking again"] * 2
     hub.api_faults.append(Fault(status=status, headers={"Retry-After": "0"}, times=None))
     error = refusal(lambda: make_plan(client, "org/model"))
     assert error.code == ("rate_limited" if status == 429 else "hub_unavailable")

@@ -280,6 +280,9 @@ def test_what_does_not_fit_is_asked_about(
     assert plan["fit"]["verdict"] == "does not fit" and failed["code"] == "does_not_fit"
     done = run("pull", "org/model")
     assert done.returncode == 1 and "--yes" in done.stderr.splitlines()[-1]
+    with monkeypatch.context() as wrong:
+        wrong.setenv("GRYPHON_MEMORY_BYTES", "8 GB")
+        assert "GRYPHON_MEMORY_BYTES must be" in run("pull", "org/model", "--dry-run").stderr
     for answer in ("\n", "n\n"):
         shown = at_terminal(answer, "pull", "org/model")
         assert "does not fit" in shown and "[y/N]" in shown and "Nothing was downloaded." in shown
