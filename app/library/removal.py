@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app import last_used
 from app.errors import GryphonError
 from app.library import adapters
 from app.library.hub_cache import RepositoryCache
@@ -39,13 +40,13 @@ class Removal:
         try:
             if self._repository is None:
                 _remove_directory(self.path)
-                return
-            with self._repository.locked(self._refuse):
-                if self._strategy is None:
-                    _remove_directory(self.path)
-                else:
-                    # It logs what it cannot delete, and goes on; the caller looks again.
-                    self._strategy.execute()
+            else:
+                with self._repository.locked(self._refuse):
+                    if self._strategy is None:
+                        _remove_directory(self.path)
+                    else:
+                        # It logs what it cannot delete, and goes on; we look again.
+                        self._strategy.execute()
         except OSError as error:
             raise file_error(self.path, self.name, error) from error
         if self.path.exists():
@@ -53,6 +54,7 @@ class Removal:
                 "no_write_permission",
                 f"{self.path} could not be removed. It may belong to another user.",
             )
+        last_used.forget(self.name)
 
     def _refuse(self) -> None:
         raise GryphonError(
