@@ -15,6 +15,7 @@ from app.library import adapters
 from app.library.installed import Source, find_model, find_place, installed_models
 
 if TYPE_CHECKING:
+    from app.library.fit import Fit
     from app.library.verification import FileCheck
 
 
@@ -22,21 +23,29 @@ def search(arguments: argparse.Namespace) -> int:
     """Print models of the hub."""
     from app.cli.fit import current_budget
     from app.library.hub import Hub
+    from app.library.search import fits
     from app.library.search import search as search_hub
 
     if arguments.limit < 1:
         raise GryphonError("usage", f"--limit must be at least 1, got {arguments.limit}.")
     line = StatusLine()
+    budget = current_budget()
     with Hub(tell=line.show) as hub:
         line.show("asking the hub")
         try:
             found = search_hub(hub, arguments.query, min(arguments.limit, 100))
+            line.show("reading what the models need")
+            verdicts = fits(hub, found, budget)
         finally:
             line.clear()
-    room = current_budget().bytes
     if arguments.json:
         fields = [
-            dataclasses.asdict(one) | {"weights_fit": one.weight_bytes <= room} for one in found
+            dataclasses.asdict(one)
+            | {
+                "verdict": None if fit is None else fit.verdict,
+                "largest_context": None if fit is None else fit.largest_context,
+            }
+            for one, fit in zip(found, verdicts, strict=True)
         ]
         print(json.dumps(fields, indent=2))
     elif not found:
@@ -50,24 +59,26 @@ def search(arguments: argparse.Namespace) -> int:
                 one.family,
                 one.quantization,
                 str(one.downloads),
-                ", ".join(
-                    word
-                    for word, said in (
-                        ("installed", one.name in here),
-                        ("gated", one.gated and one.name not in here),
-                        ("does not fit here", one.weight_bytes > room),
-                    )
-                    if said
-                ),
+                _fits(fit, one.weight_bytes > budget.bytes),
+                "installed" if one.name in here else "gated" if one.gated else "",
             )
-            for one in found
+            for one, fit in zip(found, verdicts, strict=True)
         ]
-        print(table(["NAME", "SIZE", "FAMILY", "QUANTIZATION", "DOWNLOADS", ""], rows))
+        print(table(["NAME", "SIZE", "FAMILY", "QUANTIZATION", "DOWNLOADS", "FITS", ""], rows))
         print(
-            "\n`gryphon pull NAME` fetches one; with `--dry-run` it says what it takes in memory, "
-            "and with which context it fits."
+            "\nFITS: the longest context here, about. `gryphon pull --dry-run NAME` has the "
+            "arithmetic,\nand `gryphon pull NAME` fetches one."
         )
     return 0
+
+
+def _fits(fit: Fit | None, is_too_large: bool) -> str:
+    if is_too_large or (fit is not None and fit.verdict == "does not fit"):
+        return "no"
+    if fit is None:
+        return "?"
+    context = "any" if fit.largest_context is None else f"{fit.largest_context} tokens"
+    return context if fit.verdict == "fits" else f"{context}, slowly"
 
 
 def verify(arguments: argparse.Namespace) -> int:

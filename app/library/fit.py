@@ -90,10 +90,35 @@ def fit_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], budget
         GryphonError: "invalid_model" when they do not say what it takes.
     """
     try:
-        held, expanded = footprints.held(config, tensors, budget.bytes, on_gpu=budget.on_gpu)
+        forms = footprints.held(config, tensors, budget.bytes, on_gpu=budget.on_gpu)
     except ModelError as error:
         raise GryphonError("invalid_model", str(error)) from error
-    longest = context_length(config)
+    return _verdict(*forms, context_length(config), budget)
+
+
+def fit_of_totals(
+    config: Mapping[str, Any], parameters: int, stored_bytes: int, budget: Budget
+) -> Fit:
+    """As `fit_of`, where only the totals are known: an estimate, of weights and of states."""
+    try:
+        stored = footprints.of_config(
+            config, parameters, stored_bytes, stored_bytes, stored_bytes, 2, on_gpu=budget.on_gpu
+        )
+        if budget.on_gpu:
+            return _verdict(stored, None, context_length(config), budget)
+        weights = 4 * parameters
+        loading = weights + (stored_bytes if weights != stored_bytes else 0)
+        expanded = footprints.of_config(config, parameters, stored_bytes, weights, loading, 4)
+    except ModelError as error:
+        raise GryphonError("invalid_model", str(error)) from error
+    if expanded.least_bytes <= budget.bytes:
+        return _verdict(expanded, None, context_length(config), budget)
+    return _verdict(stored, expanded, context_length(config), budget)
+
+
+def _verdict(
+    held: Footprint, expanded: Footprint | None, longest: int | None, budget: Budget
+) -> Fit:
     room = held.largest_context(budget.bytes - held.weight_bytes, MIN_CHUNK)
     limits = [limit for limit in (room, longest) if limit is not None]
     largest = min(limits, default=None)

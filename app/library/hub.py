@@ -204,6 +204,23 @@ class Hub:
 
         return self._ask("the search", request)
 
+    def config(self, name: str) -> dict[str, Any]:
+        """config.json of a model's main branch, as it is now; asked for once.
+
+        Raises:
+            GryphonError, Interruption, RepositoryChanged: no access, no such file, no answer …
+        """
+
+        def request() -> dict[str, Any]:
+            url = hf_hub_url(name, "config.json", endpoint=constants.ENDPOINT)
+            response = get_session().get(
+                url, headers=self._headers, timeout=self.patience.connect_s
+            )
+            hf_raise_for_status(response)
+            return dict(response.json())
+
+        return self._translated(name, request)
+
     def read(self, repository: Repository, file: RemoteFile, start: int, end: int) -> bytes:
         """Bytes `start` to `end` of a file.
 
@@ -344,28 +361,28 @@ class Hub:
         return headers | ({"authorization": f"Bearer {token}"} if token else {})
 
     def _ask(self, name: str, request: Callable[[], T]) -> T:
+        """As `_translated`, asked again while that may help."""
+        return self._persist(name, lambda: self._translated(name, request))
+
+    def _translated(self, name: str, request: Callable[[], T]) -> T:
         """A request through huggingface_hub, its failures as ours."""
-
-        def translated() -> T:
-            try:
-                return request()
-            except HFValidationError as error:
-                raise GryphonError(
-                    "usage", f"{name!r} is not the name of a repository: expected ORG/NAME."
-                ) from error
-            except OfflineModeIsEnabled as error:
-                raise offline_mode() from error
-            except HfHubHTTPError as error:
-                raise failed_answer(error.response, name, has_token=self._has_token) from error
-            except hub_client.UnfitAnswer as error:
-                raise _not_understood(name, str(error)) from error
-            except httpx2.HTTPError as error:
-                host = urlsplit(constants.ENDPOINT).hostname or constants.ENDPOINT
-                raise failed_connection(error, host, self.patience.stall_s) from error
-            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-                raise _not_understood(name, f"{type(error).__name__}") from error
-
-        return self._persist(name, translated)
+        try:
+            return request()
+        except HFValidationError as error:
+            raise GryphonError(
+                "usage", f"{name!r} is not the name of a repository: expected ORG/NAME."
+            ) from error
+        except OfflineModeIsEnabled as error:
+            raise offline_mode() from error
+        except HfHubHTTPError as error:
+            raise failed_answer(error.response, name, has_token=self._has_token) from error
+        except hub_client.UnfitAnswer as error:
+            raise _not_understood(name, str(error)) from error
+        except httpx2.HTTPError as error:
+            host = urlsplit(constants.ENDPOINT).hostname or constants.ENDPOINT
+            raise failed_connection(error, host, self.patience.stall_s) from error
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise _not_understood(name, f"{type(error).__name__}") from error
 
     def _persist(self, name: str, request: Callable[[], T]) -> T:
         """The answer to a small request, asked again while that may help."""

@@ -271,6 +271,25 @@ def test_a_pull_says_what_the_model_takes_in_memory(
         assert line in before.stdout, line
 
 
+def test_a_search_says_with_which_context_a_model_fits(
+    hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/model", model_files(size=1_000_000, config=BIG))
+    hub.add("org/model-large", model_files(size=1_000_000, config=BIG), gated="auto")
+    hub.add("org/model-other", model_files(config=BIG | {"hidden_size": "wide"}))
+    monkeypatch.setenv("GRYPHON_MEMORY_BYTES", str(2_000_000_000))
+    (plan,) = events(run("pull", "org/model", "--dry-run", "--json").stdout)
+    found = json.loads(run("search", "model", "--json").stdout)
+    context = plan["fit"]["largest_context"]
+    assert [(one["verdict"], one["largest_context"]) for one in found] == [
+        ("fits", context), (None, None), (None, None)
+    ]  # fmt: skip
+    assert found[0]["parameters"] == plan["parameters"]
+    lines = run("search", "model").stdout.splitlines()
+    assert lines[1].endswith(f"  {context} tokens")
+    assert lines[2].split()[-2:] == ["?", "gated"]
+
+
 def test_what_does_not_fit_is_asked_about(
     hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,8 +306,9 @@ def test_what_does_not_fit_is_asked_about(
         shown = at_terminal(answer, "pull", "org/model")
         assert "does not fit" in shown and "[y/N]" in shown and "Nothing was downloaded." in shown
     assert installed_models() == []
-    (found,) = events(json.dumps(json.loads(run("search", "model", "--json").stdout)[0]))
-    assert not found["weights_fit"] and "does not fit here" in run("search", "model").stdout
+    (found,) = json.loads(run("search", "model", "--json").stdout)
+    assert (found["verdict"], found["largest_context"]) == ("does not fit", 0)
+    assert "  no\n" in run("search", "model").stdout
     assert run("pull", "org/model", "--yes").returncode == 0
     assert [one.name for one in installed_models()] == ["org/model"]
     assert run("pull", "org/model").returncode == 0  # here already: nothing to ask
