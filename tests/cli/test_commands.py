@@ -494,6 +494,7 @@ def test_no_wait_refuses_while_another_model_answers(endless: None, tiny: Path) 
 def test_doctor_names_what_would_be_used(tiny: Path) -> None:
     doctor = json.loads(gryphon("doctor", "--json").stdout)
     assert doctor["models"]["default"] == "tiny"
+    assert Path(doctor["directories"]["hub models"]).name == "hub"
     assert doctor["compute"]["device"] in ("CPU", "Apple GPU")
     assert doctor["problems"] == {}
     assert set(doctor["packages"]) == {"app", "mlxmodels", "metal"}
