@@ -1,7 +1,8 @@
 """The Hugging Face Hub: what a repository holds, and the bytes of its files.
 
-Metadata, tokens and URLs come from huggingface_hub, which also reads HF_ENDPOINT and the other
-settings of its own; the bytes are read here, because its client starts an interrupted file again.
+Tokens, URLs and the sense of an answer come from huggingface_hub, which also reads HF_ENDPOINT and
+the other settings of its own. The requests are made here: its client starts an interrupted file
+again, and reads metadata without an end in bytes or time.
 """
 
 from __future__ import annotations
@@ -14,16 +15,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import httpx2
 import huggingface_hub
-from huggingface_hub import constants, get_session, get_token, hf_hub_url, hf_raise_for_status
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import constants, get_token, hf_hub_url, hf_raise_for_status
+from huggingface_hub.errors import HfHubHTTPError
 
 from app import __version__
 from app.errors import GryphonError
@@ -108,14 +105,11 @@ class Hub:
             raise offline_mode()
         # With it on, huggingface_hub looks up and tells which program started us.
         constants.HF_HUB_DISABLE_TELEMETRY = True
-        hub_client.install()
         self.patience = patience or Patience()
         self._tell = tell
-        self._api = huggingface_hub.HfApi(
-            endpoint=constants.ENDPOINT, library_name="gryphon", library_version=__version__
-        )
         self._has_token = False
         self._headers = self._request_headers()
+        self._reader = hub_client.bounded(self._headers, self.patience.stall_s)
         self._client = httpx2.Client(
             follow_redirects=False,  # by hand: the token stays with the hub
             timeout=httpx2.Timeout(
@@ -136,6 +130,7 @@ class Hub:
         """End every transfer at once, also those that wait for bytes."""
         self.interrupt()
         self._client.close()
+        self._reader.close()
 
     def interrupt(self) -> None:
         """Cut the open transfers: their threads see an Interruption."""
@@ -155,15 +150,8 @@ class Hub:
         Raises:
             GryphonError: no such model, no access, no network …; see `hub_errors`.
         """
-        info = self._ask(
-            name,
-            lambda: self._api.model_info(
-                name,
-                revision=revision,
-                files_metadata=True,
-                timeout=self.patience.stall_s,
-            ),
-        )
+        path = f"api/models/{quote(name)}/revision/{quote(revision, safe='')}"
+        info = self._ask(name, lambda: _model_info(self._metadata(path, {"blobs": True})))
         if info.id != name:
             raise renamed(name, str(info.id))
         if not isinstance(info.sha, str) or not _SHA1.fullmatch(info.sha):
@@ -186,21 +174,16 @@ class Hub:
         """
 
         # Not HfApi.list_models: it waits without end, and follows as many pages as it is given.
+        params = {
+            "search": query,
+            "filter": "safetensors",
+            "sort": "downloads",
+            "limit": limit,
+            "expand": ["safetensors", "config", "downloads", "gated"],
+        }
+
         def request() -> list[Any]:
-            response = get_session().get(
-                f"{constants.ENDPOINT}/api/models",
-                params={
-                    "search": query,
-                    "filter": "safetensors",
-                    "sort": "downloads",
-                    "limit": limit,
-                    "expand": ["safetensors", "config", "downloads", "gated"],
-                },
-                headers=self._headers,
-                timeout=self.patience.stall_s,
-            )
-            hf_raise_for_status(response)
-            return [_model_info(item) for item in response.json()][:limit]
+            return [_model_info(one) for one in self._metadata("api/models", params)][:limit]
 
         return self._ask("the search", request)
 
@@ -211,15 +194,14 @@ class Hub:
             GryphonError, Interruption, RepositoryChanged: no access, no such file, no answer …
         """
 
-        def request() -> dict[str, Any]:
-            url = hf_hub_url(name, "config.json", endpoint=constants.ENDPOINT)
-            response = get_session().get(
-                url, headers=self._headers, timeout=self.patience.connect_s
-            )
-            hf_raise_for_status(response)
-            return dict(response.json())
+        path = f"{quote(name)}/resolve/main/config.json"
+        return self._translated(name, lambda: dict(self._metadata(path, {})))
 
-        return self._translated(name, request)
+    def _metadata(self, path: str, params: dict[str, Any]) -> Any:
+        """What the hub says at an address, as JSON."""
+        response = self._reader.get(f"{constants.ENDPOINT}/{path}", params=params)
+        hf_raise_for_status(response)
+        return response.json()
 
     def read(self, repository: Repository, file: RemoteFile, start: int, end: int) -> bytes:
         """Bytes `start` to `end` of a file.
@@ -368,12 +350,6 @@ class Hub:
         """A request through huggingface_hub, its failures as ours."""
         try:
             return request()
-        except HFValidationError as error:
-            raise GryphonError(
-                "usage", f"{name!r} is not the name of a repository: expected ORG/NAME."
-            ) from error
-        except OfflineModeIsEnabled as error:
-            raise offline_mode() from error
         except HfHubHTTPError as error:
             raise failed_answer(error.response, name, has_token=self._has_token) from error
         except hub_client.UnfitAnswer as error:

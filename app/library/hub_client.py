@@ -1,7 +1,7 @@
-"""The client through which huggingface_hub asks for metadata, with an end to what it reads.
+"""The client for metadata, with an end to what it reads.
 
-huggingface_hub reads an answer whole, unpacks it and has no limit for either; a proxy, a mirror or
-whoever HF_ENDPOINT names should not be able to fill the memory or to trickle for ever.
+Such answers are read whole; a proxy, a mirror or whoever HF_ENDPOINT names should not be able to
+fill the memory, with what is sent or with what that unpacks to, or to trickle for ever.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx2
-from huggingface_hub import set_client_factory
 
 MAX_ANSWER_BYTES = 64_000_000
 """A repository of ten thousand files takes a few million."""
@@ -22,20 +21,14 @@ class UnfitAnswer(ValueError):
     """An answer that is not read to its end; the message says why."""
 
 
-def install() -> None:
-    """Have huggingface_hub use this client in this process."""
-    set_client_factory(_client)
-
-
-def _client() -> httpx2.Client:
+def bounded(headers: dict[str, str], stall_s: float) -> httpx2.Client:
+    """A client whose answers end; it follows redirects, and takes its token to no other host."""
     return httpx2.Client(
-        event_hooks={"request": [_ask_plain], "response": [_bound]},
+        headers=headers | {"Accept-Encoding": "identity"},
+        event_hooks={"response": [_bound]},
         follow_redirects=True,
+        timeout=stall_s,
     )
-
-
-def _ask_plain(request: httpx2.Request) -> None:
-    request.headers["Accept-Encoding"] = "identity"
 
 
 def _bound(response: httpx2.Response) -> None:

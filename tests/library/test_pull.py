@@ -879,6 +879,20 @@ def test_a_metadata_answer_that_trickles_is_left(
     assert "longer than 0.2 seconds" in refusal(lambda: make_plan(client, "org/model")).message
 
 
+def test_a_token_does_not_follow_metadata_to_another_host(
+    hub: HubServer, files: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.tokens["hf_secret"] = set()
+    commit = hub.repositories["org/model"].refs["main"]
+    elsewhere = f"{hub.storage}/org/model/{commit}/config.json?X-Signature=storage-needs-no-token"
+    hub.api_faults.append(Fault(status=307, headers={"Location": elsewhere}))
+    with Hub(QUICK) as client:
+        assert refusal(lambda: make_plan(client, "org/model")).code == "hub_not_understood"
+    asked = [(one.host, one.authorization) for one in hub.requests]
+    assert asked == [("hub", "Bearer hf_secret"), ("storage", None)]
+
+
 def test_a_compressed_metadata_answer_is_not_unpacked(
     hub: HubServer, client: Hub, files: Any
 ) -> None:
