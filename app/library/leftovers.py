@@ -162,7 +162,10 @@ def _entries(path: Path) -> list[Path]:
 def _is_quiet(path: Path) -> bool:
     """Nothing of it was written lately."""
     since = time.time() - QUIET_S
-    return all(one.lstat().st_mtime < since for one in _whole(path))
+    try:
+        return all(one.lstat().st_mtime < since for one in _whole(path))
+    except OSError:  # it goes this moment
+        return False
 
 
 def _whole(path: Path) -> Iterator[Path]:
