@@ -38,6 +38,7 @@ MIN_CHUNK = 16
 
 Basis = Literal["formula", "estimate", "measured"]
 
+_MAX_LAYERS = 10_000
 _FLOAT_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _CONFIG_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 # Head dims for which MLX's attention on a GPU computes a prompt without a matrix of scores.
@@ -251,24 +252,43 @@ class Footprint:
 def as_held(
     path: Path, available_bytes: int, *, on_gpu: bool
 ) -> tuple[Footprint, Footprint | None]:
-    """What a model directory takes in the form in which the engine holds it.
+    """What a model directory takes in the form in which the engine holds it; see `held`.
+
+    Raises:
+        ModelError: as `footprint`.
+    """
+    return held(*read_directory(path), available_bytes, on_gpu=on_gpu)
+
+
+def held(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorEntry],
+    available_bytes: int,
+    *,
+    on_gpu: bool,
+) -> tuple[Footprint, Footprint | None]:
+    """What a model takes in the form in which the engine holds it.
 
     On Apple GPUs weights stay as stored. On a CPU everything is expanded to float32 where memory
     allows: 16-bit and quantized products run up to a hundred times slower there.
+
+    Args:
+        config: config.json.
+        tensors: Of all the model's files together, by name.
 
     Returns:
         That footprint, which may be more than is available, too; and that of float32 if this is
         what it would be with more memory.
 
     Raises:
-        ModelError: as `footprint`.
+        ModelError: as `of_config`.
     """
     expanded = None
     if not on_gpu:
-        expanded = footprint(path, expand=True)
+        expanded = of_tensors(config, tensors, expand=True)
         if expanded.least_bytes <= available_bytes:
             return expanded, None
-    return footprint(path, expand=False, on_gpu=on_gpu), expanded
+    return of_tensors(config, tensors, expand=False, on_gpu=on_gpu), expanded
 
 
 def footprint(path: Path, *, expand: bool, on_gpu: bool = False) -> Footprint:
@@ -282,17 +302,41 @@ def footprint(path: Path, *, expand: bool, on_gpu: bool = False) -> Footprint:
     Raises:
         ModelError: config.json or a header cannot be read, or lacks a size.
     """
+    return of_tensors(*read_directory(path), expand=expand, on_gpu=on_gpu)
+
+
+def read_directory(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
+    """config.json of a model directory, and the tensors of all its files by name.
+
+    Raises:
+        ModelError: one of them cannot be read, or is damaged.
+    """
     config = read_config(path)
     tensors: dict[str, TensorEntry] = {}
     for file in weight_files(path):
         tensors |= read_header(file)
+    return config, tensors
+
+
+def of_tensors(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorEntry],
+    *,
+    expand: bool,
+    on_gpu: bool = False,
+) -> Footprint:
+    """As `footprint`, of a model's config and tensors, wherever its files are.
+
+    Raises:
+        ModelError: as `of_config`.
+    """
     parameters = parameter_count(config, tensors)
     stored = sum(tensor.nbytes for tensor in tensors.values())
-    held = 4 * parameters if expand else stored
+    weights = 4 * parameters if expand else stored
     # What is stored as it will be held is taken as it is.
-    loading = held if held == stored or not expand else held + stored
+    loading = weights if weights == stored or not expand else weights + stored
     item = 4 if expand else _item_bytes(config, tensors)
-    return of_config(config, parameters, stored, held, loading, item, on_gpu=on_gpu)
+    return of_config(config, parameters, stored, weights, loading, item, on_gpu=on_gpu)
 
 
 def of_config(
@@ -316,6 +360,8 @@ def of_config(
         source = config["text_config"]
     sizes = _Sizes(family, source)
     layers = sizes.number("num_hidden_layers")
+    if layers > _MAX_LAYERS:  # each is looked at below
+        raise ModelError(f"config.json sets num_hidden_layers to {layers:,}.")
     hidden = sizes.number("hidden_size")
     heads = sizes.number("num_attention_heads")
     kv_heads = heads if family == "xglm" else sizes.number("num_key_value_heads", heads)
@@ -408,7 +454,7 @@ class _Sizes:
         value = default if value is None else value
         if value is None:
             raise ModelError(f"config.json has no {name}; what the model takes is unknown.")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**31:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < 2**31:
             raise ModelError(f"config.json sets {name} to {value!r}, expected a positive number.")
         return int(value)
 
@@ -431,7 +477,9 @@ def _zoo_kinds(
     source_text = zoo_source(family)
     if re.search(r"^class LlamaModel\b", source_text, re.M):
         window, types = config.get("sliding_window"), config.get("layer_types")
-        return _windows(types, layers, window if type(window) is int else None), "formula"
+        return _windows(
+            types, layers, window if type(window) is int and window > 0 else None
+        ), "formula"
     # Without states of its own a model has mlx-lm's plain ones, a KVCache in every layer.
     parts = set(re.findall(r"^from \.(\w*)", source_text, re.M))
     is_plain = parts and parts <= _PLAIN_PARTS and "def make_cache" not in source_text

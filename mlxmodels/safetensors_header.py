@@ -36,6 +36,7 @@ _BITS = {
 PREFIX_BYTES = 8
 """The length of the header comes first, little-endian."""
 
+_MAX_DIMENSIONS = 32
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
@@ -171,7 +172,10 @@ def _entry(name: str, fields: object) -> TensorEntry:
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    """Few and of 63 bits, so that their product is computed at once."""
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
+        return False
+    return all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def _check_layout(entries: dict[str, TensorEntry], data_bytes: int) -> None:

@@ -37,11 +37,15 @@ class Fault:
     """Close the connection before this byte."""
     stall_at: int | None = None
     """Send nothing from this byte on, and keep the connection open."""
+    silent: bool = False
+    """Accept the request for the content and never answer it."""
     wrong_byte_at: int | None = None
     etag: str | None = None
     """Say this etag, as a hub does whose file was replaced."""
     ignore_range: bool = False
     gzip_claimed: bool = False
+    body: Iterator[bytes] | None = None
+    """Of a metadata answer with `status`: chunks, until the client has had enough."""
     no_length: bool = False
     """Send all of it without Content-Length; it ends where the connection does."""
     where: Literal["hub", "storage", "any"] = "any"
@@ -120,7 +124,11 @@ class HubServer:
         self.requests: list[Request] = []
         self.bytes_per_s: float | None = None
         self.api_faults: list[Fault] = []
-        """Spoil the next metadata requests (`status`, `headers`, `stall_at` alone)."""
+        """Spoil the next metadata requests (`status`, `headers`, `stall_at`, `body` alone)."""
+        self.search_extra: dict[str, Any] = {}
+        """Said of every model that a search finds, whatever is true."""
+        self.silent = threading.Event()
+        """Set once a request is left without an answer."""
         self._faults: dict[str, list[Fault]] = {}
         self._lock = threading.Lock()
         self._released = threading.Event()
@@ -276,6 +284,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.take_api_fault()
         if fault is not None and fault.stall_at is not None:
             self.hub._released.wait(60)
+        if fault is not None and fault.body is not None:
+            self._send_chunks(fault.status or 200, fault.headers, fault.body)
+            return
         if fault is not None and fault.status is not None:
             self._answer(fault.status, b"{}", fault.headers)
             return
@@ -363,7 +374,7 @@ class _Handler(BaseHTTPRequestHandler):
                 info["config"] = json.loads(files["config.json"])
             if "siblings" not in wanted and wanted:
                 del info["siblings"]
-            answers.append(info)
+            answers.append(info | self.hub.search_extra)
         self._json(answers)
 
     # Files.
@@ -432,6 +443,9 @@ class _Handler(BaseHTTPRequestHandler):
         self, file: str, data: bytes, headers: dict[str, str], fault: Fault | None
     ) -> None:
         fault = fault or Fault()
+        if fault.silent:
+            self.hub.silent.set()
+            self.hub._released.wait(60)
         start, end, status = 0, len(data), 200
         wanted = self.headers.get("Range", "")
         if wanted.startswith("bytes=") and not fault.ignore_range:
@@ -544,6 +558,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
+
+    def _send_chunks(self, status: int, headers: dict[str, str], body: Iterator[bytes]) -> None:
+        request = self._record(status, None, 0)
+        self.close_connection = True
+        self.send_response(status, HTTPStatus(status).phrase)
+        for key, value in (headers | {"Connection": "close"}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        for chunk in body:
+            request.sent += len(chunk)
+            self.wfile.write(chunk)
 
     def _record(self, status: int, file: str | None, start: int) -> Request:
         authorization = self.headers.get("Authorization")

@@ -218,6 +218,21 @@ def build_parser() -> argparse.ArgumentParser:
     remove.add_argument("--dry-run", action="store_true", help="say what it would free, and stop")
     remove.add_argument("--json", action="store_true")
 
+    du = commands.add_parser("du", help="what models and the rest take on the disk")
+    du.add_argument("--json", action="store_true")
+
+    prune = commands.add_parser(
+        "prune",
+        help="remove what no model needs from the disk",
+        description="Remove unfinished pulls, commits that no branch or tag names any more, and "
+        "what ended processes left. What changed within the last hour stays. Other programs share "
+        "the Hugging Face cache: what they fetched by the number of its commit goes too where a "
+        "branch names another one.",
+    )
+    prune.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    prune.add_argument("--dry-run", action="store_true", help="say what would go, and stop")
+    prune.add_argument("--json", action="store_true")
+
     ps = commands.add_parser("ps", help="what the engine is doing")
     ps.add_argument("--json", action="store_true")
 
@@ -248,6 +263,8 @@ _COMMANDS = {
     "search": "app.cli.upkeep:search",
     "verify": "app.cli.upkeep:verify",
     "rm": "app.cli.upkeep:remove",
+    "du": "app.cli.disk:du",
+    "prune": "app.cli.disk:prune",
     "ps": "app.cli.report:ps",
     "forget": "app.cli.forget:forget",
     "doctor": "app.cli.report:doctor",

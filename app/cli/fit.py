@@ -1,10 +1,12 @@
-"""`gryphon show --fit`: what a model takes in memory, term by term, and whether that is there."""
+"""What a model takes in memory, term by term, and whether that is there: for `gryphon show --fit`
+and before a pull."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import json
+from collections.abc import Iterable
 
 from app.cli.terminal import one_line
 from app.engine.client import EngineClient
@@ -23,16 +25,20 @@ _BASES = {
 
 def show_fit(model: InstalledModel, *, as_json: bool) -> int:
     """Print the arithmetic of one model; exits with 1 when it does not fit."""
-    answer = fit(model, asyncio.run(_budget()))
+    answer = fit(model, current_budget())
     if as_json:
-        print(json.dumps(_as_json(model, answer), indent=2))
+        print(json.dumps({"name": model.name} | fit_as_json(answer), indent=2))
     else:
-        print(_describe(model, answer))
+        print(in_columns(fit_rows(model.name, answer)))
     return 1 if answer.verdict == "does not fit" else 0
 
 
-async def _budget() -> Budget:
+def current_budget() -> Budget:
     """The running engine's own, else an estimate."""
+    return asyncio.run(_budget())
+
+
+async def _budget() -> Budget:
     client = EngineClient()
     try:
         status = await client.status()
@@ -48,14 +54,15 @@ async def _budget() -> Budget:
     )
 
 
-def _describe(model: InstalledModel, answer: Fit) -> str:
+def fit_rows(name: str, answer: Fit) -> list[tuple[str, str]]:
+    """The terms and the verdict, for people."""
     held = answer.footprint
     how = "as stored"
     if held.weight_bytes != held.stored_bytes:
         how = f"as float32, {binary_bytes(held.stored_bytes)} as stored"
         if held.loading_bytes > held.weight_bytes:
             how += f"; {binary_bytes(held.loading_bytes)} while it loads"
-    rows = [
+    return [
         ("weights", f"{binary_bytes(held.weight_bytes)}, {how}"),
         *(
             (f"state at {tokens}", binary_bytes(nbytes))
@@ -64,8 +71,12 @@ def _describe(model: InstalledModel, answer: Fit) -> str:
         ("computing", f"{binary_bytes(answer.scratch_bytes)} at least"),
         ("budget", f"{binary_bytes(answer.budget.bytes)}: {answer.budget.source}"),
         ("figures", _BASES[held.basis]),
-        ("verdict", f"{model.name} {_verdict(answer)}"),
+        ("verdict", f"{name} {_verdict(answer)}"),
     ]
+
+
+def in_columns(rows: Iterable[tuple[str, str]]) -> str:
+    """A fact a line."""
     return "\n".join(f"{name:<16} {one_line(value)}" for name, value in rows)
 
 
@@ -79,10 +90,10 @@ def _verdict(answer: Fit) -> str:
     return f"{answer.verdict}, with a context of {answer.largest_context} tokens, which {why}"
 
 
-def _as_json(model: InstalledModel, answer: Fit) -> dict[str, object]:
+def fit_as_json(answer: Fit) -> dict[str, object]:
+    """The same for programs."""
     held = answer.footprint
     return {
-        "name": model.name,
         "verdict": answer.verdict,
         "largest_context": answer.largest_context,
         "limited_by": answer.limited_by,

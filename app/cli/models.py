@@ -7,11 +7,13 @@ import dataclasses
 import datetime
 import json
 import sys
+import time
 
 from app.cli.fit import show_fit
 from app.cli.pull import pull_embedded
 from app.cli.terminal import can_ask, confirm, human_bytes, one_line, table
 from app.errors import GryphonError
+from app.last_used import last_used
 from app.library import embedded
 from app.library.details import describe
 from app.library.installed import InstalledModel, find_model, installed_models
@@ -62,10 +64,12 @@ def list_models(arguments: argparse.Namespace) -> int:
                 model.quantization,
                 "unlimited" if model.context_length is None else str(model.context_length),
                 model.source,
+                _ago(last_used(model.name)),
             )
             for model in models
         ]
-        print(table(["  NAME", "SIZE", "FAMILY", "QUANTIZATION", "CONTEXT", "FROM"], rows))
+        header = ["  NAME", "SIZE", "FAMILY", "QUANTIZATION", "CONTEXT", "FROM", "LAST USED"]
+        print(table(header, rows))
         print("\n* is used when no model is named.")
     return 0
 
@@ -114,11 +118,26 @@ def _heads(heads: int | None, kv_heads: int | None) -> str | None:
     return f"{heads} ({kv_heads} key/value)" if kv_heads else str(heads)
 
 
+def _ago(moment: float | None) -> str:
+    if moment is None:
+        return "-"
+    minutes = max(0, int(time.time() - moment)) // 60
+    for length, unit in ((24 * 60, "day"), (60, "hour"), (1, "minute")):
+        if count := minutes // length:
+            return f"{count} {unit}{'s' * (count > 1)} ago"
+    return "just now"
+
+
+def _iso(moment: float) -> str:
+    return datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat(timespec="seconds")
+
+
 def _as_json(model: InstalledModel) -> dict[str, object]:
-    modified = datetime.datetime.fromtimestamp(model.modified, datetime.UTC)
+    used = last_used(model.name)
     fields = dataclasses.asdict(model)
     return fields | {
         "path": str(model.path),
-        "modified": modified.isoformat(timespec="seconds"),
+        "modified": _iso(model.modified),
+        "last_used": None if used is None else _iso(used),
         "adapter": None if model.adapter is None else str(model.adapter),
     }

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import textwrap
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,10 @@ from app.cli.terminal import (
 from app.errors import GryphonError
 from app.library import embedded
 from app.library.installed import InstalledModel, find_model, installed_name
+from app.machine import binary_bytes
 
 if TYPE_CHECKING:
+    from app.library.fit import Fit
     from app.library.pull import PullPlan
     from app.library.transfer import Status
 
@@ -46,15 +49,17 @@ def pull(arguments: argparse.Namespace) -> int:
 
     name, revision = parse_name(arguments.name, arguments.revision)
     view = _JsonView() if arguments.json else _View(installed_name(name, revision))
-    with Hub() as hub, view:
+    with Hub(tell=view.looking) as hub, view:
+        view.looking("asking the hub")
         plan = make_plan(hub, name, revision)
-        view.plan(plan, dry_run=arguments.dry_run)
+        fit = _fit(plan)
+        view.plan(plan, fit, dry_run=arguments.dry_run)
         if arguments.dry_run:
             return 0
         if plan.installed:
             view.installed(pull_planned(hub, plan, view), already=True)
             return 0
-        _ask(arguments, f"Download {human_bytes(plan.missing_bytes)}?")
+        _ask_about(arguments, plan, fit)
         view.installed(pull_planned(hub, plan, view), already=False)
     return 0
 
@@ -91,8 +96,35 @@ def _pull_default(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _ask(arguments: argparse.Namespace, question: str) -> None:
-    if not arguments.yes and can_ask() and not confirm(question):
+def _fit(plan: PullPlan) -> Fit | None:
+    """Whether it will fit this machine; None when its files do not say what it takes."""
+    from app.cli.fit import current_budget
+    from app.library.fit import fit_of
+
+    budget = current_budget()
+    with contextlib.suppress(GryphonError):
+        return fit_of(plan.config, plan.tensors, budget)
+    return None
+
+
+def _ask_about(arguments: argparse.Namespace, plan: PullPlan, fit: Fit | None) -> None:
+    size = human_bytes(plan.missing_bytes)
+    if fit is None or fit.verdict != "does not fit":
+        _ask(arguments, f"Download {size}?")
+        return
+    if not arguments.yes and not can_ask():
+        raise GryphonError(
+            "does_not_fit",
+            f"{plan.name} does not fit this machine: it takes "
+            f"{binary_bytes(fit.footprint.least_bytes)} at least, and there are "
+            f"{binary_bytes(fit.budget.bytes)} ({fit.budget.source}). Nothing was downloaded; "
+            "`--yes` downloads it all the same.",
+        )
+    _ask(arguments, f"It does not fit this machine. Download {size} all the same?", default=False)
+
+
+def _ask(arguments: argparse.Namespace, question: str, *, default: bool = True) -> None:
+    if not arguments.yes and can_ask() and not confirm(question, default=default):
         raise GryphonError("declined", "Nothing was downloaded.")
 
 
@@ -119,10 +151,14 @@ class _View:
         what = f"{human_bytes(missing)} from {where}" if missing else "nothing: it is installed"
         print(f"{name}: would fetch {what}.")
 
-    def plan(self, plan: PullPlan, *, dry_run: bool) -> None:
+    def looking(self, what: str) -> None:
+        self._line.show(f"{self._asked}: {what}")
+
+    def plan(self, plan: PullPlan, fit: Fit | None, *, dry_run: bool) -> None:
+        self._line.clear()
         output = sys.stdout if dry_run else sys.stderr
         if dry_run or not plan.installed:
-            print(describe_plan(plan), file=output, flush=True)
+            print(describe_plan(plan, fit), file=output, flush=True)
 
     def waiting(self) -> None:
         self._line.show(f"{self._asked}: waiting for another pull of it")
@@ -154,7 +190,12 @@ class _JsonView(_View):
     def simple_plan(self, name: str, missing: int, where: str) -> None:
         self._write("plan", name=name, missing_bytes=missing, installed=not missing)
 
-    def plan(self, plan: PullPlan, *, dry_run: bool) -> None:
+    def looking(self, what: str) -> None:
+        """Nothing: the plan is the first event."""
+
+    def plan(self, plan: PullPlan, fit: Fit | None, *, dry_run: bool) -> None:
+        from app.cli.fit import fit_as_json
+
         self._write(
             "plan",
             name=plan.name,
@@ -172,6 +213,7 @@ class _JsonView(_View):
             missing_bytes=plan.missing_bytes,
             free_bytes=plan.free_bytes,
             installed=plan.installed,
+            fit=None if fit is None else fit_as_json(fit),
             files=[dataclasses.asdict(file) for file in plan.files],
             left_out=plan.left_out,
         )
@@ -223,31 +265,33 @@ class _JsonView(_View):
         print(json.dumps({"type": kind, **fields}), flush=True)
 
 
-def describe_plan(plan: PullPlan) -> str:
+def describe_plan(plan: PullPlan, fit: Fit | None) -> str:
     """What a pull would bring, before anybody is asked."""
+    from app.cli.fit import fit_rows, in_columns
+
     repository = plan.repository
     context = "unlimited" if plan.context_length is None else f"{plan.context_length} tokens"
     size = f"{human_bytes(plan.total_bytes)} in {len(plan.files)} files"
     if plan.here_bytes:
         size += f", of which {human_bytes(plan.here_bytes)} are here"
+    stored = f"{plan.quantization}, {plan.parameters / 1e6:,.1f} million parameters"
     rows = [
         ("family", plan.family),
-        ("quantization", f"{plan.quantization}, {plan.parameters / 1e6:,.1f} million parameters"),
+        ("quantization", stored),
         ("context", context),
-        ("license", _shown(repository.license)),
+        ("license", repository.license or "not stated"),
         ("size", size),
         ("free", f"{human_bytes(plan.free_bytes)} on this disk"),
     ]
+    if fit is None:
+        rows.append(("verdict", "unknown: its config.json does not say what it takes in memory"))
+    else:
+        rows += fit_rows(plan.name, fit)
     if plan.installed:
         rows.append(("installed", "yes, this commit"))
-    lines = [f"  {name:<14} {value}" for name, value in rows]
-    return "\n".join([f"{plan.name} (commit {repository.commit[:8]})", *lines])
-
-
-def _shown(license: str | None) -> str:
-    from app.library.hub_errors import one_line
-
-    return one_line(license) if license else "not stated"
+    return (
+        f"{plan.name} (commit {repository.commit[:8]})\n{textwrap.indent(in_columns(rows), '  ')}"
+    )
 
 
 def progress_text(name: str, status: Status) -> str:

@@ -113,6 +113,8 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def _collect() -> dict[str, dict[str, object]]:
+    from huggingface_hub import constants
+
     problems: dict[str, object] = {}
     compute = _probe()
     if "error" in compute:
@@ -126,6 +128,7 @@ def _collect() -> dict[str, dict[str, object]]:
     try:
         where = {
             "models": paths.models_dir(),
+            "hub models": constants.HF_HUB_CACHE,
             "chats": paths.history_path(),
             "cache": paths.cache_dir(),
             "engine log": paths.engine_log(),

@@ -6,23 +6,48 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.cli.terminal import StatusLine, bar, can_ask, confirm, human_bytes, table
 from app.errors import GryphonError
-from app.library.installed import find_model, find_place, installed_models
+from app.library import adapters
+from app.library.installed import Source, find_model, find_place, installed_models
+
+if TYPE_CHECKING:
+    from app.library.fit import Fit
+    from app.library.verification import FileCheck
 
 
 def search(arguments: argparse.Namespace) -> int:
     """Print models of the hub."""
+    from app.cli.fit import current_budget
     from app.library.hub import Hub
+    from app.library.search import fits
     from app.library.search import search as search_hub
 
     if arguments.limit < 1:
         raise GryphonError("usage", f"--limit must be at least 1, got {arguments.limit}.")
-    with Hub() as hub:
-        found = search_hub(hub, arguments.query, min(arguments.limit, 100))
+    line = StatusLine()
+    budget = current_budget()
+    with Hub(tell=line.show) as hub:
+        line.show("asking the hub")
+        try:
+            found = search_hub(hub, arguments.query, min(arguments.limit, 100))
+            line.show("reading what the models need")
+            verdicts = fits(hub, found, budget)
+        finally:
+            line.clear()
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(one) for one in found], indent=2))
+        fields = [
+            dataclasses.asdict(one)
+            | {
+                "verdict": None if fit is None else fit.verdict,
+                "largest_context": None if fit is None else fit.largest_context,
+            }
+            for one, fit in zip(found, verdicts, strict=True)
+        ]
+        print(json.dumps(fields, indent=2))
     elif not found:
         print(f"The hub has nothing that runs here under {arguments.query!r}. Try fewer words.")
     else:
@@ -34,13 +59,26 @@ def search(arguments: argparse.Namespace) -> int:
                 one.family,
                 one.quantization,
                 str(one.downloads),
+                _fits(fit, one.weight_bytes > budget.bytes),
                 "installed" if one.name in here else "gated" if one.gated else "",
             )
-            for one in found
+            for one, fit in zip(found, verdicts, strict=True)
         ]
-        print(table(["NAME", "SIZE", "FAMILY", "QUANTIZATION", "DOWNLOADS", ""], rows))
-        print("\n`gryphon pull NAME` fetches one.")
+        print(table(["NAME", "SIZE", "FAMILY", "QUANTIZATION", "DOWNLOADS", "FITS", ""], rows))
+        print(
+            "\nFITS: the longest context here, about. `gryphon pull --dry-run NAME` has the "
+            "arithmetic,\nand `gryphon pull NAME` fetches one."
+        )
     return 0
+
+
+def _fits(fit: Fit | None, is_too_large: bool) -> str:
+    if is_too_large or (fit is not None and fit.verdict == "does not fit"):
+        return "no"
+    if fit is None:
+        return "?"
+    context = "any" if fit.largest_context is None else f"{fit.largest_context} tokens"
+    return context if fit.verdict == "fits" else f"{context}, slowly"
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -48,23 +86,23 @@ def verify(arguments: argparse.Namespace) -> int:
     from app.library.transfer import file_error
     from app.library.verification import verify as verify_model
 
-    # Not `find_model` alone: one that is damaged cannot be read as a model.
-    place = find_place(arguments.name) if arguments.name else None
-    if place is None:
-        model = find_model(arguments.name, allow_path=True)
-        place = model.path, model.name, model.source
-    path, name, source = place
+    path, name, source, adapter = _parts(arguments.name)
     line = StatusLine()
     try:
-        checks = verify_model(
-            path, lambda done, total: line.show(f"{name}: reading {bar(done, total)}")
-        )
+        checks = [
+            check
+            for part in (path, adapter)
+            if part is not None
+            for check in verify_model(
+                part, lambda done, total: line.show(f"{name}: reading {bar(done, total)}")
+            )
+        ]
     except OSError as error:
         raise file_error(path, name, error) from error
     finally:
         line.clear()
     damaged = [check for check in checks if check.problem is not None]
-    repairable = bool(damaged) and source == "hub"
+    repairable = source == "hub" and any(check.path.parent == path for check in damaged)
     if arguments.json:
         files = [
             {"name": check.name, "size": check.size, "digest_known": check.digest_known,
@@ -81,22 +119,42 @@ def verify(arguments: argparse.Namespace) -> int:
             if damaged
             else f"{name} is whole: {len(checks)} files, {known} compared with their digest."
         )
+    base = name if adapter is None else name.rpartition("+")[0]
     if repairable and arguments.repair:
-        for check in damaged:
-            if check.blob is not None:
-                check.blob.unlink(missing_ok=True)
-        return _fetch_again(name, path.name, arguments)
+        return _repair(base, path, [one for one in damaged if one.path.parent == path], arguments)
     if repairable and not arguments.json:
-        print(f"`gryphon verify --repair {name}` fetches what is damaged again.")
+        print(f"`gryphon verify --repair {base}` fetches what is damaged again.")
     return 1 if damaged else 0
 
 
-def _fetch_again(name: str, commit: str, arguments: argparse.Namespace) -> int:
-    """Pull the very commit that is installed."""
-    from app.cli.pull import pull
+def _parts(name: str | None) -> tuple[Path, str, Source, Path | None]:
+    """Directory, name and source of a model, and the directory of the adapter on it.
 
+    Not `find_model` alone: one that is damaged cannot be read as a model.
+    """
+    adapter = adapters.find_directory(name) if name else None
+    place = find_place(adapter[1] if adapter else name) if name else None
+    if place is None:
+        model = find_model(name, allow_path=True)
+        return model.path, model.name, model.source, model.adapter
+    path, found, source = place
+    return path, name or found, source, adapter[0] if adapter else None
+
+
+def _repair(
+    name: str, snapshot: Path, damaged: list[FileCheck], arguments: argparse.Namespace
+) -> int:
+    """Pull the very commit that is installed, without what is damaged of it."""
+    from app.cli.pull import pull
+    from app.library.hub import Hub
+
+    repository, commit = name.partition("@")[0], snapshot.name
+    with Hub() as hub:
+        hub.repository(repository, commit)  # before anything is removed: is it still there?
+    for check in damaged:
+        (check.path if check.blob is None else check.blob).unlink(missing_ok=True)
     words = argparse.Namespace(
-        name=name.partition("@")[0],
+        name=repository,
         revision=commit,
         yes=True,
         dry_run=False,
@@ -115,8 +173,10 @@ def remove(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         if not arguments.json:
             print(f"Would remove {what}{removal.name}, which frees {frees}: {removal.path}")
+            _tell_adapters(removal.needed_by)
     else:
         if not arguments.yes:
+            _tell_adapters(removal.needed_by)
             if not can_ask():
                 raise GryphonError(
                     "usage", f"Removing {removal.name} needs --yes where nobody can be asked."
@@ -126,6 +186,8 @@ def remove(arguments: argparse.Namespace) -> int:
         removal.execute()
         if not arguments.json:
             print(f"Removed {what}{removal.name}: {frees} are free again.")
+            if arguments.yes:
+                _tell_adapters(removal.needed_by)
     if arguments.json:
         print(
             json.dumps(
@@ -134,9 +196,19 @@ def remove(arguments: argparse.Namespace) -> int:
                     "path": str(removal.path),
                     "freed_bytes": removal.freed_bytes,
                     "unfinished": removal.unfinished,
+                    "needed_by": removal.needed_by,
                     "removed": not arguments.dry_run,
                 }
             )
         )
     sys.stdout.flush()
     return 0
+
+
+def _tell_adapters(names: tuple[str, ...]) -> None:
+    if names:
+        print(
+            f"It is the base of the adapters {', '.join(names)}: they stay, and are of no use "
+            "without it.",
+            file=sys.stderr,
+        )

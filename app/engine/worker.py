@@ -26,7 +26,7 @@ import msgspec
 import psutil
 
 import app
-from app import paths
+from app import last_used, paths
 from app.engine import blas
 from app.engine.call_grammar import not_enforced
 from app.engine.ledger import Ledger
@@ -217,6 +217,7 @@ class Connection:
         matcher: Matcher | None = None,
         is_forgotten: bool = False,
     ) -> None:
+        last_used.mark(request.model.name)
         row = self._row(request, prompt, started or time.monotonic())
         row.matcher, row.is_forgotten = matcher, is_forgotten
         self.rows[request.id] = row

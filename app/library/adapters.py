@@ -143,6 +143,15 @@ def remove(name: str) -> None:
     )
 
 
+def find_directory(name: str) -> tuple[Path, str] | None:
+    """Where the adapter lies that makes the model of that name, whole or damaged, and its base."""
+    for path in _directories():
+        base = _base_of(path)
+        if name == f"{base}+{path.name}":
+            return path, base
+    return None
+
+
 def installed_names() -> list[tuple[str, str]]:
     """Name and base of every installed adapter, whether its base is installed or not."""
     return [(path.name, _base_of(path)) for path in _directories()]

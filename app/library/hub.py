@@ -1,7 +1,8 @@
 """The Hugging Face Hub: what a repository holds, and the bytes of its files.
 
-Metadata, tokens and URLs come from huggingface_hub, which also reads HF_ENDPOINT and the other
-settings of its own; the bytes are read here, because its client starts an interrupted file again.
+Tokens, URLs and the sense of an answer come from huggingface_hub, which also reads HF_ENDPOINT and
+the other settings of its own. The requests are made here: its client starts an interrupted file
+again, and reads metadata without an end in bytes or time.
 """
 
 from __future__ import annotations
@@ -10,22 +11,20 @@ import contextlib
 import re
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import httpx2
 import huggingface_hub
-from huggingface_hub import constants, get_token, hf_hub_url
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import constants, get_token, hf_hub_url, hf_raise_for_status
+from huggingface_hub.errors import HfHubHTTPError
 
 from app import __version__
 from app.errors import GryphonError
+from app.library import hub_client
 from app.library.hub_errors import (
     Interruption,
     RepositoryChanged,
@@ -90,8 +89,15 @@ class Body:
 class Hub:
     """Connections to the hub; used from several threads. A context manager."""
 
-    def __init__(self, patience: Patience | None = None) -> None:
+    def __init__(
+        self,
+        patience: Patience | None = None,
+        tell: Callable[[str], object] = lambda what: None,
+    ) -> None:
         """
+        Args:
+            tell: Hears why a small request takes long, from any thread; transfers report their own.
+
         Raises:
             GryphonError: "offline_mode", or "token_invalid" when the stored one cannot be read.
         """
@@ -100,18 +106,17 @@ class Hub:
         # With it on, huggingface_hub looks up and tells which program started us.
         constants.HF_HUB_DISABLE_TELEMETRY = True
         self.patience = patience or Patience()
-        self._api = huggingface_hub.HfApi(
-            endpoint=constants.ENDPOINT, library_name="gryphon", library_version=__version__
-        )
+        self._tell = tell
         self._has_token = False
         self._headers = self._request_headers()
+        self._reader = hub_client.bounded(self._headers, self.patience.stall_s)
         self._client = httpx2.Client(
             follow_redirects=False,  # by hand: the token stays with the hub
             timeout=httpx2.Timeout(
                 self.patience.stall_s, connect=self.patience.connect_s, pool=None
             ),
         )
-        self._streams: set[Any] = set()
+        self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.Lock()
         self.closed = threading.Event()
 
@@ -125,17 +130,15 @@ class Hub:
         """End every transfer at once, also those that wait for bytes."""
         self.interrupt()
         self._client.close()
+        self._reader.close()
 
     def interrupt(self) -> None:
         """Cut the open transfers: their threads see an Interruption."""
         with self._lock:
             self.closed.set()
-            streams = list(self._streams)
-        for stream in streams:
-            # Closing a socket does not wake the thread that reads from it; shutting it down does.
-            # Not SSLSocket's own shutdown, which takes the TLS state from under that thread.
-            with contextlib.suppress(OSError, AttributeError):
-                socket.socket.shutdown(stream.get_extra_info("socket"), socket.SHUT_RDWR)
+            connections = list(self._connections)
+        for connection in connections:
+            _cut(connection)
 
     def resume(self) -> None:
         """Transfers may start again after `interrupt`, once its threads have ended."""
@@ -147,15 +150,8 @@ class Hub:
         Raises:
             GryphonError: no such model, no access, no network …; see `hub_errors`.
         """
-        info = self._ask(
-            name,
-            lambda: self._api.model_info(
-                name,
-                revision=revision,
-                files_metadata=True,
-                timeout=self.patience.stall_s,
-            ),
-        )
+        path = f"api/models/{quote(name)}/revision/{quote(revision, safe='')}"
+        info = self._ask(name, lambda: _model_info(self._metadata(path, {"blobs": True})))
         if info.id != name:
             raise renamed(name, str(info.id))
         if not isinstance(info.sha, str) or not _SHA1.fullmatch(info.sha):
@@ -176,18 +172,36 @@ class Hub:
         Raises:
             GryphonError: no network, …
         """
-        return self._ask(
-            "the search",
-            lambda: list(
-                self._api.list_models(
-                    search=query,
-                    filter="safetensors",
-                    sort="downloads",
-                    limit=limit,
-                    expand=["safetensors", "config", "downloads", "gated"],
-                )
-            ),
-        )
+
+        # Not HfApi.list_models: it waits without end, and follows as many pages as it is given.
+        params = {
+            "search": query,
+            "filter": "safetensors",
+            "sort": "downloads",
+            "limit": limit,
+            "expand": ["safetensors", "config", "downloads", "gated"],
+        }
+
+        def request() -> list[Any]:
+            return [_model_info(one) for one in self._metadata("api/models", params)][:limit]
+
+        return self._ask("the search", request)
+
+    def config(self, name: str) -> dict[str, Any]:
+        """config.json of a model's main branch, as it is now; asked for once.
+
+        Raises:
+            GryphonError, Interruption, RepositoryChanged: no access, no such file, no answer …
+        """
+
+        path = f"{quote(name)}/resolve/main/config.json"
+        return self._translated(name, lambda: dict(self._metadata(path, {})))
+
+    def _metadata(self, path: str, params: dict[str, Any]) -> Any:
+        """What the hub says at an address, as JSON."""
+        response = self._reader.get(f"{constants.ENDPOINT}/{path}", params=params)
+        hf_raise_for_status(response)
+        return response.json()
 
     def read(self, repository: Repository, file: RemoteFile, start: int, end: int) -> bytes:
         """Bytes `start` to `end` of a file.
@@ -255,21 +269,29 @@ class Hub:
         host = urlsplit(url).hostname or url
         try:
             response = self._client.send(
-                self._client.build_request("GET", url, headers=headers), stream=True
+                self._client.build_request(
+                    "GET", url, headers=headers, extensions={"trace": self._trace}
+                ),
+                stream=True,
             )
         except httpx2.HTTPError as error:
             raise failed_connection(error, host, self.patience.stall_s) from error
-        stream = response.extensions.get("network_stream")
-        with self._lock:
-            self._streams.add(stream)
         try:
             if self.closed.is_set():  # `interrupt` was called before it could see this connection
                 raise failed_connection(httpx2.ReadError("closed"), host, 0)
             yield response
         finally:
-            with self._lock:
-                self._streams.discard(stream)
             response.close()
+
+    def _trace(self, event: str, info: dict[str, Any]) -> None:
+        """Remember every connection from its first moment: it may never bring an answer."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            connection = info["return_value"]
+            with self._lock:
+                self._connections.add(connection)
+                closed = self.closed.is_set()
+            if closed:
+                _cut(connection)
 
     def _begins_at(
         self,
@@ -321,26 +343,22 @@ class Hub:
         return headers | ({"authorization": f"Bearer {token}"} if token else {})
 
     def _ask(self, name: str, request: Callable[[], T]) -> T:
+        """As `_translated`, asked again while that may help."""
+        return self._persist(name, lambda: self._translated(name, request))
+
+    def _translated(self, name: str, request: Callable[[], T]) -> T:
         """A request through huggingface_hub, its failures as ours."""
-
-        def translated() -> T:
-            try:
-                return request()
-            except HFValidationError as error:
-                raise GryphonError(
-                    "usage", f"{name!r} is not the name of a repository: expected ORG/NAME."
-                ) from error
-            except OfflineModeIsEnabled as error:
-                raise offline_mode() from error
-            except HfHubHTTPError as error:
-                raise failed_answer(error.response, name, has_token=self._has_token) from error
-            except httpx2.HTTPError as error:
-                host = urlsplit(constants.ENDPOINT).hostname or constants.ENDPOINT
-                raise failed_connection(error, host, self.patience.stall_s) from error
-            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-                raise _not_understood(name, f"{type(error).__name__}") from error
-
-        return self._persist(name, translated)
+        try:
+            return request()
+        except HfHubHTTPError as error:
+            raise failed_answer(error.response, name, has_token=self._has_token) from error
+        except hub_client.UnfitAnswer as error:
+            raise _not_understood(name, str(error)) from error
+        except httpx2.HTTPError as error:
+            host = urlsplit(constants.ENDPOINT).hostname or constants.ENDPOINT
+            raise failed_connection(error, host, self.patience.stall_s) from error
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise _not_understood(name, f"{type(error).__name__}") from error
 
     def _persist(self, name: str, request: Callable[[], T]) -> T:
         """The answer to a small request, asked again while that may help."""
@@ -352,8 +370,18 @@ class Hub:
                 failures += 1
                 wait_s = self.patience.wait_s(failures, error)
                 # Nobody waits half a minute to read that the network is off.
-                if wait_s is None or (error.offline and failures > 1) or self.closed.wait(wait_s):
+                if wait_s is None or (error.offline and failures > 1):
                     raise lasting(error, name) from error
+                self._tell(f"{error.reason}; asking again")
+                if self.closed.wait(wait_s):
+                    raise lasting(error, name) from error
+
+
+def _cut(connection: Any) -> None:
+    # Closing a socket does not wake the thread that reads from it; shutting it down does.
+    # Not SSLSocket's own shutdown, which takes the TLS state from under that thread.
+    with contextlib.suppress(OSError, TypeError):  # closed, or no socket of its own (TLS in TLS)
+        socket.socket.shutdown(connection.get_extra_info("socket"), socket.SHUT_RDWR)
 
 
 def _check_pinned(
@@ -407,6 +435,10 @@ def _remote_file(name: str, sibling: Any) -> RemoteFile:
     if not isinstance(etag, str) or not _ETAG.fullmatch(etag):
         raise _not_understood(name, f"{sibling.rfilename!r} has the content name {etag!r}")
     return RemoteFile(str(sibling.rfilename), size, etag)
+
+
+def _model_info(fields: dict[str, Any]) -> Any:
+    return huggingface_hub.ModelInfo(**fields)  # type: ignore[no-untyped-call]
 
 
 def _license(info: Any) -> str | None:

@@ -38,7 +38,7 @@ class RepositoryCache:
         self.blobs = self.path / "blobs"
         self.snapshots = self.path / "snapshots"
         self._locks = cache / ".locks" / folder
-        self._staging = self.path / ".gryphon-staging"
+        self.staging = self.path / ".gryphon-staging"
 
     def snapshot(self, commit: str) -> Path:
         return self.snapshots / commit
@@ -90,8 +90,8 @@ class RepositoryCache:
 
     def stage(self, commit: str, files: tuple[RemoteFile, ...]) -> Path:
         """A directory with links to the files, which are all here; call it under the lock."""
-        shutil.rmtree(self._staging, ignore_errors=True)  # its process is dead
-        staged = self._staging / commit  # as deep as the snapshot, so that links fit both
+        shutil.rmtree(self.staging, ignore_errors=True)  # its process is dead
+        staged = self.staging / commit  # as deep as the snapshot, so that links fit both
         staged.mkdir(parents=True)
         for file in files:
             (staged / file.name).symlink_to(Path("../../blobs") / file.etag)
@@ -112,9 +112,9 @@ class RepositoryCache:
             )  # fmt: skip
             # Between these two renames there is no snapshot: what is left of a pull that dies here
             # is every file in blobs, and the next one is done at once.
-            snapshot.rename(self._staging / "replaced")
+            snapshot.rename(self.staging / "replaced")
         staged.rename(snapshot)
-        shutil.rmtree(self._staging, ignore_errors=True)
+        shutil.rmtree(self.staging, ignore_errors=True)
         return snapshot
 
     def set_ref(self, revision: str, commit: str) -> None:

@@ -170,7 +170,7 @@ def _retry_after(response: httpx2.Response) -> float | None:
     if text:
         try:
             moment = email.utils.parsedate_to_datetime(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         return max(0.0, moment.timestamp() - time.time())
     # The hub's own header, of a draft standard: `"api";r=0;t=55`, requests left and seconds.

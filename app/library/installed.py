@@ -32,6 +32,7 @@ _UNLIMITED_FAMILIES = frozenset({"recurrent_gemma"})
 # A name of a file, whatever it is: a test's or another program's cache may be generous.
 _COMMIT = re.compile(r"\w+")
 _MIN_COMMIT = 7
+_WORD = re.compile(r"[\w.-]{1,40}")
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -210,14 +211,16 @@ def read_tensors(file: Path) -> dict[str, TensorEntry]:
         raise GryphonError("invalid_model", str(error)) from error
 
 
-def context_length(config: dict[str, Any]) -> int | None:
+def context_length(config: Mapping[str, Any]) -> int | None:
     """Tokens the model can attend to; None when it has no limit or the config does not say."""
     if config.get("model_type") in _UNLIMITED_FAMILIES:
         return None
-    for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        value = config.get(key)
-        if isinstance(value, int) and value > 0:
-            return value
+    text = config.get("text_config")  # of a model that reads pictures too
+    for source in (config, text if isinstance(text, dict) else {}):
+        for key in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+            value = source.get(key)
+            if type(value) is int and 0 < value < 2**53:
+                return value
     return None
 
 
@@ -235,7 +238,8 @@ def quantization(config: dict[str, Any], tensors: Callable[[], Mapping[str, Tens
         if bits:
             widths = "/".join(map(str, bits))
             return f"{widths}-bit" if len(bits) == 1 else f"mixed {widths}-bit"
-        return str(settings.get("quant_method", "quantized"))
+        method = settings.get("quant_method")
+        return method if isinstance(method, str) and _WORD.fullmatch(method) else "quantized"
     largest = max(tensors().values(), key=lambda tensor: tensor.nbytes, default=None)
     return _DTYPE_NAMES.get(largest.dtype, largest.dtype) if largest else "empty"
 
@@ -250,14 +254,14 @@ def _own_candidates() -> Iterator[tuple[str, Path, Source]]:
 def _hub_candidates() -> Iterator[tuple[str, Path, Source]]:
     """Of each model in the Hugging Face cache the `main` snapshot, and as NAME@REVISION what other
     branches and tags stand for; where nothing is named, the latest one."""
-    for name, repository in _hub_repositories():
-        refs = _refs(repository)
-        main = refs.pop("main", None)
-        if main is None and not refs:
+    for name, repository in hub_repositories():
+        named = refs(repository)
+        main = named.pop("main", None)
+        if main is None and not named:
             main = _latest(repository)
         if main is not None and main.is_dir():
             yield name, main, "hub"
-        for revision, snapshot in sorted(refs.items()):
+        for revision, snapshot in sorted(named.items()):
             if snapshot.is_dir() and snapshot != main:
                 yield installed_name(name, revision), snapshot, "hub"
 
@@ -267,7 +271,8 @@ def _latest(repository: Path) -> Path | None:
     return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _hub_repositories() -> Iterator[tuple[str, Path]]:
+def hub_repositories() -> Iterator[tuple[str, Path]]:
+    """Name and directory of every model repository in the Hugging Face cache."""
     from huggingface_hub import constants
 
     for repository in _directories(Path(constants.HF_HUB_CACHE)):
@@ -276,9 +281,9 @@ def _hub_repositories() -> Iterator[tuple[str, Path]]:
             yield "/".join(name), repository
 
 
-def _refs(repository: Path) -> dict[str, Path]:
+def refs(repository: Path) -> dict[str, Path]:
     """Snapshot of each branch and tag; it need not exist."""
-    refs = {}
+    found = {}
     for ref in (repository / "refs").rglob("*"):
         try:
             commit = ref.read_text(encoding="utf-8").strip()
@@ -286,20 +291,20 @@ def _refs(repository: Path) -> dict[str, Path]:
             continue
         if _COMMIT.fullmatch(commit):
             name = ref.relative_to(repository / "refs").as_posix()
-            refs[name] = repository / "snapshots" / commit
-    return refs
+            found[name] = repository / "snapshots" / commit
+    return found
 
 
 def _hub_revision(name: str) -> Path | None:
     """The snapshot of NAME@REVISION, where REVISION may also be the beginning of a commit; of NAME
     alone, the latest one."""
     wanted, at, revision = name.partition("@")
-    for found, repository in _hub_repositories():
+    for found, repository in hub_repositories():
         if found != wanted:
             continue
         if not at:
             return _latest(repository)
-        if snapshot := _refs(repository).get(revision):
+        if snapshot := refs(repository).get(revision):
             return snapshot
         if len(revision) < _MIN_COMMIT:
             return None

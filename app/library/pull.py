@@ -7,6 +7,7 @@ there, by name, and once more from the files themselves before they are installe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -41,6 +42,8 @@ _INDEX = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 64_000_000
 _MAX_REMOTE_HEADER_BYTES = 25_000_000
 """The limit of huggingface_hub; real ones have a megabyte at most."""
+_MAX_TENSORS = 2_000_000
+"""The largest model known has a seventh of a million."""
 _SPARE_BYTES = 100_000_000
 _HEADERS_AT_ONCE = 8
 _ATTEMPTS = 3
@@ -262,15 +265,18 @@ def _headers(
     """Tensors of all the weight files, from their checked headers."""
 
     def header(file: RemoteFile) -> dict[str, TensorEntry]:
+        here = cache.has(file)
         try:
-            prefix = _read(hub, cache, repository, file, 0, min(PREFIX_BYTES, file.size))
-            length = header_bytes(prefix, file.size)
-            if length > _MAX_REMOTE_HEADER_BYTES:
-                raise ModelError(f"its header claims {length:,} bytes")
-            end = PREFIX_BYTES + length
-            return parse_header(_read(hub, cache, repository, file, PREFIX_BYTES, end), file.size)
+            return _header(hub, cache if here else None, repository, file)
         except ModelError as error:
-            raise _invalid(repository.name, f"{file.name}: {one_line(str(error))}") from error
+            problem = error
+        if here:
+            with contextlib.suppress(ModelError):
+                entries = _header(hub, None, repository, file)
+                # The hub's is sound, so the one here is damaged; it comes again with the others.
+                cache.blob(file).unlink(missing_ok=True)
+                return entries
+        raise _invalid(repository.name, f"{file.name}: {one_line(str(problem))}") from problem
 
     tensors: dict[str, TensorEntry] = {}
     with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
@@ -280,6 +286,8 @@ def _headers(
                     name = one_line(min(twice))
                     raise _invalid(repository.name, f"two of its files hold the tensor {name}")
                 tensors |= entries
+                if len(tensors) > _MAX_TENSORS:
+                    raise _invalid(repository.name, f"it has more than {_MAX_TENSORS:,} tensors")
         except BaseException:
             hub.interrupt()
             pool.shutdown(cancel_futures=True)
@@ -288,17 +296,33 @@ def _headers(
     return tensors
 
 
+def _header(
+    hub: Hub, cache: RepositoryCache | None, repository: Repository, file: RemoteFile
+) -> dict[str, TensorEntry]:
+    """
+    Raises:
+        ModelError: its header is not that of a safetensors file of this size.
+    """
+    prefix = _read(hub, cache, repository, file, 0, min(PREFIX_BYTES, file.size))
+    length = header_bytes(prefix, file.size)
+    if length > _MAX_REMOTE_HEADER_BYTES:
+        raise ModelError(f"its header claims {length:,} bytes")
+    end = PREFIX_BYTES + length
+    return parse_header(_read(hub, cache, repository, file, PREFIX_BYTES, end), file.size)
+
+
 def _read(
     hub: Hub,
-    cache: RepositoryCache,
+    cache: RepositoryCache | None,
     repository: Repository,
     file: RemoteFile,
     start: int,
     end: int,
 ) -> bytes:
+    """Bytes of a file, from the cache if one is given and they are there."""
     if start == end:
         return b""
-    if cache.has(file):
+    if cache is not None and cache.has(file):
         with cache.blob(file).open("rb") as blob:
             blob.seek(start)
             return blob.read(end - start)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app import last_used
 from app.errors import GryphonError
+from app.library import adapters
 from app.library.hub_cache import RepositoryCache
 from app.library.installed import find_model, find_place
 from app.library.transfer import file_error
@@ -25,6 +27,8 @@ class Removal:
     """Content that other revisions share stays, and is not counted."""
     unfinished: bool
     """It is a pull that never ended."""
+    needed_by: tuple[str, ...] = ()
+    """Adapters that go with it. They stay, and are of no use until it is back."""
     _repository: RepositoryCache | None = None
     _strategy: Any = None
 
@@ -36,13 +40,13 @@ class Removal:
         try:
             if self._repository is None:
                 _remove_directory(self.path)
-                return
-            with self._repository.locked(self._refuse):
-                if self._strategy is None:
-                    _remove_directory(self.path)
-                else:
-                    # It logs what it cannot delete, and goes on; the caller looks again.
-                    self._strategy.execute()
+            else:
+                with self._repository.locked(self._refuse):
+                    if self._strategy is None:
+                        _remove_directory(self.path)
+                    else:
+                        # It logs what it cannot delete, and goes on; we look again.
+                        self._strategy.execute()
         except OSError as error:
             raise file_error(self.path, self.name, error) from error
         if self.path.exists():
@@ -50,6 +54,7 @@ class Removal:
                 "no_write_permission",
                 f"{self.path} could not be removed. It may belong to another user.",
             )
+        last_used.forget(self.name)
 
     def _refuse(self) -> None:
         raise GryphonError(
@@ -58,12 +63,28 @@ class Removal:
 
 
 def plan_removal(name: str) -> Removal:
-    """What removing a model would do. A repository's unfinished pull can be removed by its name.
+    """What removing a model would do. A repository's unfinished pull can be removed by its name; of
+    a model with an adapter the adapter goes, and the base stays.
 
     Raises:
         GryphonError: "model_not_found", or "invalid_model" for a repository in the cache that
             huggingface_hub cannot read.
     """
+    if adapter := adapters.find_directory(name):
+        return Removal(name, adapter[0], _size(adapter[0]), unfinished=False)
+    removal = _plan_removal(name)
+    needed_by = tuple(one for one, base in adapters.installed_names() if _is_of(base, removal))
+    return dataclasses.replace(removal, needed_by=needed_by)
+
+
+def _is_of(base: str, removal: Removal) -> bool:
+    if base == removal.name:
+        return True
+    place = find_place(base)
+    return place is not None and place[0] == removal.path
+
+
+def _plan_removal(name: str) -> Removal:
     repository_name, _, revision = name.partition("@")
     if repository_name.count("/") == 1 and ".." not in repository_name:
         cache = RepositoryCache(repository_name)

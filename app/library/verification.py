@@ -22,14 +22,18 @@ _READ_BYTES = 1 << 22
 class FileCheck:
     """What came out for one file."""
 
-    name: str
+    path: Path
     size: int
     digest_known: bool
     """Files from the hub carry the digest of their content in their name; others have none."""
     problem: str | None
     """None when it is as it should be."""
     blob: Path | None
-    """What to remove so that the next pull fetches it again."""
+    """Where its content lies; None for a file that is no link into the repository's blobs."""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
 
 def verify(model: Path, progress: Callable[[int, int], None]) -> list[FileCheck]:
@@ -73,7 +77,7 @@ def _check(path: Path, read: Callable[[int], None]) -> FileCheck:
         problem = f"it cannot be read ({error.strerror or error})"
     except GryphonError as error:
         problem = error.message
-    return FileCheck(path.name, size, etag is not None, problem, blob)
+    return FileCheck(path, size, etag is not None, problem, blob)
 
 
 def _size(path: Path) -> int:

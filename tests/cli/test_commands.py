@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -342,6 +344,25 @@ def test_list_show_and_ps(tiny: Path) -> None:
     assert json.loads(gryphon("ps", "--json").stdout) is None
 
 
+def test_list_says_when_a_model_was_last_used(tiny: Path, home: Path) -> None:
+    def listed() -> str | None:
+        (model,) = json.loads(gryphon("list", "--json").stdout)
+        return model["last_used"]
+
+    assert listed() is None
+    started = time.time()
+    assert gryphon("run", "--raw", "--max-tokens", "1", "A").returncode == 0
+    used = datetime.datetime.fromisoformat(listed() or "").timestamp()
+    assert started - 1 <= used <= time.time()
+    assert "just now" in gryphon("list").stdout
+    (mark,) = (home / "state" / "used").iterdir()
+    assert (mark.stat().st_size, mark.stat().st_mode & 0o777) == (0, 0o600)
+    for age_s, said in ((90, "1 minute ago"), (7300, "2 hours ago"), (3e5, "3 days ago")):
+        os.utime(mark, (started - age_s, started - age_s))
+        assert said in gryphon("list").stdout
+    assert gryphon("rm", "--yes", "tiny").returncode == 0 and not mark.exists()
+
+
 def test_forget_drops_what_was_kept_and_no_chat(tiny: Path, home: Path) -> None:
     def cached_tokens() -> int:
         words = ["run", "--json", "--raw", "--max-tokens", "1", "A text of some length."]
@@ -473,6 +494,7 @@ def test_no_wait_refuses_while_another_model_answers(endless: None, tiny: Path) 
 def test_doctor_names_what_would_be_used(tiny: Path) -> None:
     doctor = json.loads(gryphon("doctor", "--json").stdout)
     assert doctor["models"]["default"] == "tiny"
+    assert Path(doctor["directories"]["hub models"]).name == "hub"
     assert doctor["compute"]["device"] in ("CPU", "Apple GPU")
     assert doctor["problems"] == {}
     assert set(doctor["packages"]) == {"app", "mlxmodels", "metal"}

@@ -4,12 +4,15 @@ what was missing is fetched again, and nothing is listed before it is whole."""
 from __future__ import annotations
 
 import errno
+import gzip
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +23,7 @@ from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir, snapshot_download
 
 from app.errors import GryphonError
-from app.library import transfer
+from app.library import hub_client, transfer
 from app.library.file_lock import locked
 from app.library.hub import Hub
 from app.library.hub_cache import RepositoryCache
@@ -244,12 +247,27 @@ def test_retry_after_is_waited_for(hub: HubServer, client: Hub, files: dict[str,
         assert 0.5 <= (wait_s or 0) / (0.01 * 2**n) <= 1.5
 
 
+@pytest.mark.parametrize(
+    "said", ["Mon, 01 Jan 99999999999 00:00:00 GMT", "soon", "-1", "\xb2", "1e9"]
+)
+def test_a_retry_after_without_sense_is_no_time(
+    hub: HubServer, client: Hub, files: dict[str, bytes], said: str
+) -> None:
+    plan = make_plan(client, "org/model")
+    hub.spoil(WEIGHTS, status=503, headers={"Retry-After": said})
+    assert_whole(pull(client, plan, Watch()), files)
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_metadata_is_asked_for_again_and_then_given_up(
     hub: HubServer, client: Hub, files: dict[str, bytes], status: int
 ) -> None:
     hub.api_faults.append(Fault(status=status, times=2))
-    assert make_plan(client, "org/model").total_bytes == sum(map(len, files.values()))
+    told: list[str] = []
+    with Hub(QUICK, told.append) as telling:
+        plan = make_plan(telling, "org/model")
+    assert plan.total_bytes == sum(map(len, files.values()))
+    assert told == [f"127.0.0.1 answers {status}; asking again"] * 2
     hub.api_faults.append(Fault(status=status, headers={"Retry-After": "0"}, times=None))
     error = refusal(lambda: make_plan(client, "org/model"))
     assert error.code == ("rate_limited" if status == 429 else "hub_unavailable")
@@ -396,6 +414,25 @@ def test_a_cancelled_pull_ends_at_once_and_is_continued(
     assert_whole(pull(client, plan, Watch()), files)
     assert hub.answers(WEIGHTS)[-1].start == at
     assert hub.sent() - before <= len(files[WEIGHTS]) - at + 1000  # and the header, looked at again
+
+
+def test_a_pull_cancelled_before_any_answer_ends_at_once(
+    hub: HubServer, client: Hub, files: dict[str, bytes]
+) -> None:
+    plan = make_plan(client, "org/model")
+    hub.spoil(WEIGHTS, silent=True, times=None)
+
+    def cancel(status: Status) -> None:
+        if hub.silent.is_set():
+            raise Cancelled
+
+    # It would wait a second for its threads, and they a minute for an answer.
+    with Hub(Patience(connect_s=1, stall_s=60)) as patient, pytest.raises(Cancelled):
+        pull(patient, plan, Watch(cancel))
+    assert not [one for one in threading.enumerate() if one.name.startswith("transfer-")]
+    hub.heal()
+    hub.release()
+    assert_whole(pull(client, plan, Watch()), files)
 
 
 def test_the_second_of_two_pulls_waits_and_fetches_nothing(
@@ -674,6 +711,13 @@ INDEX = "model.safetensors.index.json"
             ),
             "invalid_model",
         ),
+        (
+            replaced(WEIGHTS, header(
+                '{"a":{"dtype":"F16","shape":[' + ",".join(["9" * 4000] * 500)
+                + '],"data_offsets":[0,8]}}', bytes(8)
+            )),
+            "invalid_model",
+        ),
         (replaced(INDEX, b'{"weight_map": {"a": "../../x.safetensors"}}'), "invalid_model"),
         (replaced(INDEX, b'{"weight_map": {"a": "gone.safetensors"}}'), "invalid_model"),
         (replaced(INDEX, b'{"weight_map": {"a": ["x"]}}'), "invalid_model"),
@@ -808,6 +852,56 @@ def test_bodies_of_a_metadata_request_that_no_hub_sends(
                  {"id": "org/model", "sha": "a" * 40, "siblings": [3]}):  # fmt: skip
         monkeypatch.setattr(_Handler, "_info", lambda self, *_, info=info: info)
         assert refusal(lambda: make_plan(client, "org/model")).code == "hub_not_understood"
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_metadata_answer_without_end_is_left(
+    hub: HubServer, client: Hub, files: Any, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(hub_client, "MAX_ANSWER_BYTES", 1_000_000)
+    hub.api_faults.append(Fault(status=status, body=itertools.repeat(b" " * 10_000)))
+    found = refusal(lambda: make_plan(client, "org/model"))
+    assert found.code == "hub_not_understood" and "more than 1,000,000 bytes" in found.message
+    assert hub.requests[-1].sent < 10_000_000  # what the sockets between hold
+
+
+def test_a_metadata_answer_that_trickles_is_left(
+    hub: HubServer, client: Hub, files: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_client, "MAX_ANSWER_S", 0.2)
+
+    def trickle() -> Iterator[bytes]:
+        while True:
+            time.sleep(0.05)
+            yield b" "
+
+    hub.api_faults.append(Fault(status=200, body=trickle()))
+    assert "longer than 0.2 seconds" in refusal(lambda: make_plan(client, "org/model")).message
+
+
+def test_a_token_does_not_follow_metadata_to_another_host(
+    hub: HubServer, files: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.tokens["hf_secret"] = set()
+    commit = hub.repositories["org/model"].refs["main"]
+    elsewhere = f"{hub.storage}/org/model/{commit}/config.json?X-Signature=storage-needs-no-token"
+    hub.api_faults.append(Fault(status=307, headers={"Location": elsewhere}))
+    with Hub(QUICK) as client:
+        assert refusal(lambda: make_plan(client, "org/model")).code == "hub_not_understood"
+    asked = [(one.host, one.authorization) for one in hub.requests]
+    assert asked == [("hub", "Bearer hf_secret"), ("storage", None)]
+
+
+def test_a_compressed_metadata_answer_is_not_unpacked(
+    hub: HubServer, client: Hub, files: Any
+) -> None:
+    bomb = gzip.compress(bytes(100_000))
+    hub.api_faults.append(
+        Fault(status=200, body=iter([bomb]), headers={"Content-Encoding": "gzip"})
+    )
+    found = refusal(lambda: make_plan(client, "org/model"))
+    assert found.code == "hub_not_understood" and "compressed" in found.message
 
 
 def test_blobs_have_the_permissions_of_the_umask(

@@ -19,10 +19,10 @@ import pytest
 
 from app.cli import main
 from app.library.hub_cache import RepositoryCache
-from app.library.installed import installed_models
+from app.library.installed import find_model, installed_models
 
 from ..hub_server import HubServer
-from .model_files import model_files
+from .model_files import CONFIG, model_files
 
 GRYPHON = str(Path(sys.executable).with_name("gryphon"))
 
@@ -178,7 +178,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
-def test_events_for_programs(hub: HubServer, run: Run) -> None:
+def test_events_for_programs(hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRYPHON_MEMORY_BYTES", "500000000")  # what is free changes
     files = model_files(shards=2)
     repository = hub.add("org/model", files)
     plan = events(run("pull", "org/model", "--dry-run", "--json").stdout)
@@ -250,6 +251,120 @@ def at_terminal(typed: str, *words: str) -> str:
     process.wait(30)
     os.close(ours)
     return shown.decode()
+
+
+BIG = CONFIG | {"hidden_size": 2048, "num_hidden_layers": 16, "max_position_embeddings": 8192}
+
+
+def test_a_pull_says_what_the_model_takes_in_memory(
+    hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same arithmetic before a pull as after it."""
+    hub.add("org/model", model_files(shards=2, size=1_000_000, config=BIG))
+    monkeypatch.setenv("GRYPHON_MEMORY_BYTES", "800000000")
+    before = run("pull", "org/model", "--dry-run")
+    (plan,) = events(run("pull", "org/model", "--dry-run", "--json").stdout)
+    assert run("pull", "org/model").returncode == 0
+    after = json.loads(run("show", "org/model", "--fit", "--json").stdout)
+    assert plan["fit"] == {key: value for key, value in after.items() if key != "name"}
+    assert (after["limited_by"], 256 < after["largest_context"] < 8192) == ("memory", True)
+    for line in run("show", "org/model", "--fit").stdout.splitlines():
+        assert line in before.stdout, line
+
+
+def test_a_search_says_with_which_context_a_model_fits(
+    hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/model", model_files(size=1_000_000, config=BIG))
+    hub.add("org/model-large", model_files(size=1_000_000, config=BIG), gated="auto")
+    hub.add("org/model-other", model_files(config=BIG | {"hidden_size": "wide"}))
+    monkeypatch.setenv("GRYPHON_MEMORY_BYTES", "800000000")
+    (plan,) = events(run("pull", "org/model", "--dry-run", "--json").stdout)
+    found = json.loads(run("search", "model", "--json").stdout)
+    context = plan["fit"]["largest_context"]
+    assert [(one["verdict"], one["largest_context"]) for one in found] == [
+        ("fits", context), (None, None), (None, None)
+    ]  # fmt: skip
+    assert found[0]["parameters"] == plan["parameters"]
+    lines = run("search", "model").stdout.splitlines()
+    assert lines[1].endswith(f"  {context} tokens")
+    assert lines[2].split()[-2:] == ["?", "gated"]
+
+
+def test_what_does_not_fit_is_asked_about(
+    hub: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/model", model_files(size=1_000_000, config=BIG))
+    monkeypatch.setenv("GRYPHON_MEMORY_BYTES", "900000")
+    plan, failed = events(run("pull", "org/model", "--json").stdout)
+    assert plan["fit"]["verdict"] == "does not fit" and failed["code"] == "does_not_fit"
+    done = run("pull", "org/model")
+    assert done.returncode == 1 and "--yes" in done.stderr.splitlines()[-1]
+    with monkeypatch.context() as wrong:
+        wrong.setenv("GRYPHON_MEMORY_BYTES", "8 GB")
+        assert "GRYPHON_MEMORY_BYTES must be" in run("pull", "org/model", "--dry-run").stderr
+    for answer in ("\n", "n\n"):
+        shown = at_terminal(answer, "pull", "org/model")
+        assert "does not fit" in shown and "[y/N]" in shown and "Nothing was downloaded." in shown
+    assert installed_models() == []
+    (found,) = json.loads(run("search", "model", "--json").stdout)
+    assert (found["verdict"], found["largest_context"]) == ("does not fit", 0)
+    assert "  no\n" in run("search", "model").stdout
+    assert run("pull", "org/model", "--yes").returncode == 0
+    assert [one.name for one in installed_models()] == ["org/model"]
+    assert run("pull", "org/model").returncode == 0  # here already: nothing to ask
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"model_type": "llama"},
+        {"num_attention_heads": 0.5},
+        {"num_hidden_layers": 2**31 - 1},
+        {"model_type": "gemma2", "num_hidden_layers": 2**31 - 1},
+        {"model_type": "recurrent_gemma", "num_hidden_layers": 2**31 - 1},
+        {"hidden_size": float("nan")},
+        {"hidden_size": -1},
+        {"vocab_size": [1]},
+    ],
+)
+def test_a_config_without_usable_sizes_has_no_verdict(
+    hub: HubServer, run: Run, sizes: dict[str, Any]
+) -> None:
+    hub.add("org/model", model_files(config={"model_type": "open-llama"} | sizes))
+    (plan,) = events(run("pull", "org/model", "--dry-run", "--json").stdout)
+    assert plan["fit"] is None
+    assert "unknown" in run("pull", "org/model", "--dry-run").stdout
+
+
+@pytest.mark.parametrize("length", [10**400, 2**60, True, -1, 0.5])
+def test_a_context_length_without_sense_is_none(hub: HubServer, run: Run, length: Any) -> None:
+    config = {"model_type": "open-llama", "max_position_embeddings": length}
+    hub.add("org/model", model_files(config=config))
+    assert run("pull", "org/model", "--dry-run").returncode == 0
+    (plan,) = events(run("pull", "org/model", "--dry-run", "--json").stdout)
+    assert plan["context_length"] is None
+
+
+def test_a_model_of_several_parts_has_the_context_of_its_text_part(
+    hub: HubServer, run: Run
+) -> None:
+    text = CONFIG | {"max_position_embeddings": 4096}
+    hub.add("org/model", model_files(config={"model_type": "gemma3", "text_config": text}))
+    (plan,) = events(run("pull", "org/model", "--dry-run", "--json").stdout)
+    assert plan["context_length"] == 4096
+
+
+def test_what_a_repository_says_cannot_command_the_terminal(hub: HubServer, run: Run) -> None:
+    hostile = CONFIG | {"quantization_config": {"quant_method": "x\x1b[2J\nfake"}}
+    hub.add("org/model", model_files(config=hostile))
+    shown = run("pull", "org/model", "--dry-run").stdout
+    assert run("pull", "org/model").returncode == 0
+    for text in (shown, run("list").stdout, run("show", "org/model").stdout):
+        assert "\x1b" not in text and "\nfake" not in text
+    config = {"model_type": "x\x1b[2J", "num_hidden_layers": 2}  # another program fetched it
+    (find_model("org/model").path / "config.json").resolve().write_text(json.dumps(config))
+    assert "\x1b" not in run("list").stdout + run("show", "org/model").stdout
 
 
 def test_two_at_once_fetch_it_once(hub: HubServer) -> None:

@@ -7,16 +7,22 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import constants, scan_cache_dir
 
 from app.cli import main
+from app.errors import GryphonError
+from app.library.hub import Hub
 from app.library.hub_cache import RepositoryCache
 from app.library.installed import find_model, installed_models
+from app.library.patience import Patience
+from app.library.search import search
 
-from ..hub_server import HubServer
+from ..hub_server import Fault, HubServer
 from .model_files import CONFIG, model_files, safetensors
+from .test_adapters import write_adapter
 
 Run = Callable[..., SimpleNamespace]
 
@@ -109,6 +115,41 @@ def test_models_without_digests_have_their_headers_checked(home: Path, run: Run)
     second.write_bytes(second.read_bytes()[:-1])
     done = run("verify", "mine")
     assert done.status == 1 and "cut short" in done.stdout and "--repair" not in done.stdout
+
+
+def test_links_that_lead_elsewhere_are_repaired(hub: HubServer, run: Run, tmp_path: Path) -> None:
+    files = model_files()
+    hub.add("org/model", files)
+    run("pull", "org/model")
+    path = find_model("org/model").path
+    (path / "tokenizer.json").unlink()
+    (tmp_path / "other").write_bytes(bytes(len(files["tokenizer.json"])))  # of the same size
+    (path / "tokenizer.json").symlink_to(tmp_path / "other")
+    assert run("verify", "--repair", "org/model").status == 0
+    assert run("verify", "org/model").status == 0
+    assert {one.name: one.read_bytes() for one in path.iterdir()} == files
+
+
+def test_a_damaged_header_is_repaired(hub: HubServer, run: Run) -> None:
+    files = model_files()
+    hub.add("org/model", files)
+    run("pull", "org/model")
+    path = find_model("org/model").path
+    weights = (path / "model.safetensors").resolve()
+    weights.write_bytes(bytes(len(files["model.safetensors"])))
+    assert run("pull", "org/model").status == 0  # even by those who do not know of `verify`
+    assert {one.name: one.read_bytes() for one in path.iterdir()} == files
+
+
+def test_a_repair_that_cannot_be_fetched_removes_nothing(hub: HubServer, run: Run) -> None:
+    hub.add("org/model", model_files())
+    run("pull", "org/model")
+    path = find_model("org/model").path
+    (path / "tokenizer.model").resolve().write_bytes(bytes(2_000))
+    hub.repositories.clear()
+    done = run("verify", "--repair", "org/model")
+    assert done.status == 1 and "no model org/model" in done.stderr
+    assert (path / "tokenizer.model").is_file() and names() == ["org/model"]
 
 
 # Remove.
@@ -209,6 +250,55 @@ def test_nothing_is_removed_without_a_yes_or_during_a_pull(hub: HubServer, run: 
     shutil.rmtree(constants.HF_HUB_CACHE)
 
 
+# Adapters.
+
+
+@pytest.fixture
+def adapted(hub: HubServer, home: Path, run: Run, tmp_path: Path) -> Path:
+    """org/model with an adapter on it, org/model+mine; returns the adapter's directory."""
+    hub.add("org/model", model_files())
+    run("pull", "org/model")
+    given = write_adapter(tmp_path / "mine")
+    assert run("adapters", "add", str(given), "--base", "org/model").status == 0
+    assert names() == ["org/model", "org/model+mine"]
+    return home / "data" / "models" / "adapters" / "mine"
+
+
+def test_removing_a_model_with_an_adapter_leaves_its_base(adapted: Path, run: Run) -> None:
+    size = sum(one.stat().st_size for one in adapted.iterdir())
+    would = json.loads(run("rm", "org/model+mine", "--dry-run", "--json").stdout)
+    assert (would["path"], would["freed_bytes"]) == (str(adapted), size)
+    assert run("rm", "org/model+mine", "--yes").status == 0
+    assert names() == ["org/model"] and not adapted.exists()
+    assert [one.name for one in adapted.parent.iterdir()] == []
+
+
+def test_removing_a_base_says_which_adapters_need_it(adapted: Path, run: Run) -> None:
+    for words in (["--dry-run"], ["--yes"]):
+        done = run("rm", "org/model", *words)
+        assert done.status == 0 and "the adapters mine" in done.stderr
+    assert names() == [] and adapted.is_dir()
+    assert "org/model, which is not installed" in run("show", "org/model+mine").stderr
+    assert run("rm", "org/model+mine", "--yes").status == 0  # a name that is no model any more
+    assert not adapted.exists()
+
+
+def test_a_model_with_an_adapter_is_verified_with_it(adapted: Path, run: Run) -> None:
+    assert "org/model+mine is whole: 8 files, 5 compared" in run("verify", "org/model+mine").stdout
+    tensors = adapted / "adapters.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1])
+    done = run("verify", "org/model+mine", "--repair")
+    assert done.status == 1 and "adapters.safetensors: " in done.stdout
+    assert "--repair" not in done.stdout and tensors.is_file()
+    tensors.write_bytes(whole)
+    (find_model("org/model").path / "tokenizer.model").resolve().write_bytes(bytes(2_000))
+    done = run("verify", "org/model+mine")
+    assert done.status == 1 and "`gryphon verify --repair org/model` fetches" in done.stdout
+    assert run("verify", "org/model+mine", "--repair").status == 0
+    assert run("verify", "org/model+mine").status == 0
+
+
 # Search.
 
 
@@ -242,3 +332,23 @@ def test_a_family_that_nothing_runs_is_refused_before_the_download(
     done = run("pull", "org/model")
     assert done.status == 1 and "'bert'" in done.stderr
     assert hub.sent("model.safetensors") == 0
+
+
+def test_a_search_that_nobody_answers_ends(hub: HubServer) -> None:
+    hub.api_faults.append(Fault(stall_at=0, times=None))
+    quick = Patience(stall_s=0.2, attempts=2, first_wait_s=0.01)
+    with Hub(quick) as client, pytest.raises(GryphonError) as caught:
+        search(client, "model", 5)
+    assert caught.value.code == "hub_unavailable"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"F16": "9" * 9}, {"F16": -5}, {"F16": 10**400}, {"F16": None}, [3], 7, {"F16": True}],
+)
+def test_a_search_survives_counts_that_are_none(hub: HubServer, parameters: Any) -> None:
+    hub.add("org/model", model_files())
+    found = {"parameters": parameters, "total": 1}
+    hub.search_extra = {"safetensors": found, "downloads": "many"}
+    with Hub(Patience(attempts=1)) as client:
+        assert search(client, "model", 5) == []
