@@ -197,7 +197,9 @@ class Scheduler:
     def _rest(self) -> None:
         """Wait for something to do. Meanwhile what is kept goes to the disk, and then the model's
         time may run out."""
+        mx.synchronize()  # what was kept has let go of what it was copied from
         mx.clear_cache()
+        self._publish()
         wait_s = self._keep_alive.remaining_s() if self._resident else None
         if self._prefixes is not None:
             if self._take_inbox(wait_s=_QUIET_S if wait_s is None else min(_QUIET_S, wait_s)):
