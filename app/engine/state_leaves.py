@@ -36,17 +36,18 @@ def leaves_of(states: Sequence[Any]) -> list[Any]:
 
 def states_of(leaves: Sequence[Any], like: Sequence[Any]) -> list[Any]:
     """States made of leaves, in lists as another model's state's are."""
-    rest = iter(leaves)
+    return _built(like, iter(leaves))
 
-    def built(pattern: Sequence[Any]) -> list[Any]:
-        return [
-            state_kinds.container(built(state.caches))
-            if state_kinds.name_of(state) == state_kinds.CONTAINER
-            else next(rest)
-            for state in pattern
-        ]
 
-    return built(like)
+# A function of its own: one inside `states_of` that calls itself would be a cycle, which keeps the
+# arrays in memory until Python looks for cycles.
+def _built(like: Sequence[Any], leaves: Iterator[Any]) -> list[Any]:
+    return [
+        state_kinds.container(_built(state.caches, leaves))
+        if state_kinds.name_of(state) == state_kinds.CONTAINER
+        else next(leaves)
+        for state in like
+    ]
 
 
 def can_keep(states: Sequence[Any]) -> bool:
@@ -97,13 +98,14 @@ def _copied(state: Any, compact: bool) -> Any:
     if name == state_kinds.CONTAINER:
         return state_kinds.container([_copied(part, compact) for part in state.caches])
 
-    def own(value: Any) -> Any:
-        if isinstance(value, mx.array):
-            return mx.contiguous(value) if compact else value[...]
-        return [own(item) for item in value] if isinstance(value, list | tuple) else value
-
     fields = state_kinds.fields_of(state)
-    return state_kinds.restore(name, {key: own(value) for key, value in fields.items()})
+    return state_kinds.restore(name, {key: _own(value, compact) for key, value in fields.items()})
+
+
+def _own(value: Any, compact: bool) -> Any:
+    if isinstance(value, mx.array):
+        return mx.contiguous(value) if compact else value[...]
+    return [_own(item, compact) for item in value] if isinstance(value, list | tuple) else value
 
 
 def trimmed(states: Sequence[Any], surplus: int) -> list[Any]:

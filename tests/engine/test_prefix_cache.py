@@ -15,7 +15,7 @@ import pytest
 from mlx_lm.models import cache as zoo
 
 import mlxmodels
-from app.engine import prefix_cache, preparation
+from app.engine import prefix_cache, preparation, state_leaves
 from app.engine.batch import Launch
 from app.engine.client import EngineClient
 from app.engine.memory import MemoryBudget
@@ -745,3 +745,18 @@ def test_an_entry_stays_as_it_was_whatever_reads_on_from_it(
         states = found[1]
     assert expected[:3] == expected[3:]
     assert snapshot() == before
+
+
+def test_what_states_are_taken_apart_and_put_together_with_leaves_no_cycle() -> None:
+    """A cycle would keep their arrays until Python happens to look for cycles."""
+    states = [zoo.CacheList(zoo.KVCache(), zoo.KVCache()), zoo.KVCache()]
+    for leaf in state_leaves.leaves_of(states):
+        leaf.update_and_fetch(mx.zeros((1, 1, 3, 4)), mx.zeros((1, 1, 3, 4)))
+    gc.collect()
+    gc.disable()
+    try:
+        copies = state_leaves.copied(states, compact=True)
+        state_leaves.states_of(state_leaves.leaves_of(copies), states)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
