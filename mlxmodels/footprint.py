@@ -24,7 +24,7 @@ from mlxmodels.errors import ModelError
 from mlxmodels.registry import zoo_source
 from mlxmodels.safetensors_header import TensorEntry, read_header
 
-SCRATCH_FACTOR = 5.0
+SCRATCH_FACTOR = 8.0
 """Scratch is at most this many times what a forward call really takes; see the module."""
 
 SLOT_STEP = 256

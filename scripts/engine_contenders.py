@@ -93,7 +93,8 @@ def scheduler(path: Path) -> None:
     from app.engine.scheduler import Scheduler
 
     engine = Scheduler()
-    threading.Thread(target=engine.run, daemon=True).start()
+    thread = threading.Thread(target=engine.run, daemon=True)
+    thread.start()
 
     def generate(prompt: list[int], length: int, on_token: Callable[[], None]) -> None:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -110,6 +111,8 @@ def scheduler(path: Path) -> None:
             sys.exit(end.message)
 
     answer_tasks(generate)
+    engine.stop()
+    thread.join()  # MLX must not be in use when the interpreter ends
 
 
 def bare(path: Path) -> None:
