@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import queue
 import sys
 import tempfile
@@ -93,8 +94,7 @@ def scheduler(path: Path) -> None:
     from app.engine.scheduler import Scheduler
 
     engine = Scheduler()
-    thread = threading.Thread(target=engine.run, daemon=True)
-    thread.start()
+    threading.Thread(target=engine.run, daemon=True).start()
 
     def generate(prompt: list[int], length: int, on_token: Callable[[], None]) -> None:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -111,8 +111,8 @@ def scheduler(path: Path) -> None:
             sys.exit(end.message)
 
     answer_tasks(generate)
-    engine.stop()
-    thread.join()  # MLX must not be in use when the interpreter ends
+    sys.stdout.flush()
+    os._exit(0)  # as the engine does: MLX may not like how a thread that used it goes
 
 
 def bare(path: Path) -> None:
