@@ -85,8 +85,7 @@ class AnswerStream:
         released = self._released([*self._later, *parts, *self._parts.finish()], is_last=True)
         if released.has_stopped:
             return released
-        rest = Released(released.text + self._stop.finish(), released.reasoning, released.calls)
-        return rest
+        return Released(released.text + self._stop.finish(), released.reasoning, released.calls)
 
     def _released(
         self, parts: Iterable[Part], *, may_stop: bool = True, is_last: bool = False

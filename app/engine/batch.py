@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -222,17 +223,28 @@ class Launch:
 
     def was_broken(self, index: int) -> bool:
         """Whether a row's token was drawn from what is no number, and so means nothing."""
-        return cast(list[bool], self.is_nan.tolist())[index]
+        return self._broken[index]
+
+    @functools.cached_property
+    def _broken(self) -> list[bool]:
+        return cast(list[bool], self.is_nan.tolist())
+
+    @functools.cached_property
+    def _values(self) -> list[float]:
+        return [] if self.logprobs is None else cast(list[float], self.logprobs.tolist())
+
+    @functools.cached_property
+    def _top(self) -> list[list[tuple[int, float]]]:
+        """The most likely tokens of each row, with their logprobs."""
+        if self.top_ids is None or self.top_values is None:
+            return [[] for _ in self.rows]
+        ids = cast(list[list[int]], self.top_ids.tolist())
+        values = cast(list[list[float]], self.top_values.tolist())
+        return [list(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
 
     def logprobs_of(self, index: int, count: int) -> tuple[float, list[tuple[int, float]]]:
         """Logprob of a row's token, and of the `count` most likely ones with their ids."""
-        assert self.logprobs is not None
-        top: list[tuple[int, float]] = []
-        if count and self.top_ids is not None and self.top_values is not None:
-            ids = cast(list[list[int]], self.top_ids.tolist())[index][:count]
-            values = cast(list[list[float]], self.top_values.tolist())[index][:count]
-            top = list(zip(ids, values, strict=True))
-        return cast(list[float], self.logprobs.tolist())[index], top
+        return self._values[index], self._top[index][:count]
 
 
 class Batch:
