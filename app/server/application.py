@@ -15,7 +15,7 @@ from app import __version__
 from app.errors import GryphonError
 from app.library import installed
 from app.server import metrics, openai, security
-from app.server.errors import ApiError, CatchFaults, JsonResponse, error_response, log_fault
+from app.server.errors import ApiError, CatchFaults, ErrorResponse, JsonResponse, log_fault
 from app.server.generation import Backend, Engine, Models
 
 KEEP_ALIVE_S = 10.0
@@ -96,7 +96,7 @@ async def _engine_state(engine: Engine) -> tuple[str, str | None]:
 
 async def _expected_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, GryphonError)
-    return error_response(error)
+    return ErrorResponse(error)
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
@@ -109,4 +109,4 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
         message = f"{HTTPStatus(error.status_code).phrase}."
     code = HTTPStatus(error.status_code).name.lower()
     answer = ApiError(error.status_code, code, message)
-    return error_response(answer, dict(error.headers or {}))
+    return ErrorResponse(answer, dict(error.headers or {}))

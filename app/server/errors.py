@@ -1,7 +1,7 @@
-"""Errors as HTTP answers, in the shape OpenAI's clients read.
+"""Errors as HTTP answers, in the shape that the clients of a route's dialect read.
 
-`{"error": {"message", "type", "param", "code"}}`: the checks in front of every dialect answer so
-too. A message is one sentence for a person; a traceback goes to the log at most.
+The path tells which that is, for the checks in front of every dialect too. A message is one
+sentence for a person; a traceback goes to the log at most.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -70,17 +71,68 @@ class ApiError(GryphonError):
         status = _STATUS.get(error.code, 500)
         return cls(status, error.code, error.message, retry_after=error.retry_after)
 
-    def body(self) -> dict[str, Any]:
-        """The JSON object that clients get."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {
-            "error": {
-                "message": self.message,
-                "type": kind,
-                "param": self.param,
-                "code": self.code,
-            }
+
+def openai_body(error: ApiError) -> dict[str, Any]:
+    """The JSON object that OpenAI's clients read."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    return {
+        "error": {
+            "message": error.message,
+            "type": kind,
+            "param": error.param,
+            "code": error.code,
         }
+    }
+
+
+def ollama_body(error: ApiError) -> dict[str, Any]:
+    """The JSON object that Ollama's clients read."""
+    return {"error": error.message}
+
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """The JSON object that Anthropic's clients read."""
+    other = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = _ANTHROPIC_TYPES.get(error.status, other)
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+_LLAMA_CPP_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    501: "not_supported_error",
+    503: "unavailable_error",
+}
+
+
+def llama_cpp_body(error: ApiError) -> dict[str, Any]:
+    """The JSON object that llama.cpp's clients read."""
+    kind = _LLAMA_CPP_TYPES.get(
+        error.status, "invalid_request_error" if error.status < 500 else "server_error"
+    )
+    return {"error": {"code": error.status, "message": error.message, "type": kind}}
+
+
+_BODIES: dict[str, Callable[[ApiError], dict[str, Any]]] = {
+    "/api/": ollama_body,
+    "/v1/messages": anthropic_body,
+    "/infill": llama_cpp_body,
+    "/props": llama_cpp_body,
+    "/tokenize": llama_cpp_body,
+    "/detokenize": llama_cpp_body,
+}
+"""Shapes by how the path begins; OpenAI's everywhere else."""
 
 
 def internal_error() -> ApiError:
@@ -103,13 +155,24 @@ class JsonResponse(Response):
         return msgspec.json.encode(content)
 
 
-def error_response(error: GryphonError | Failed, headers: dict[str, str] | None = None) -> Response:
-    """The whole answer for `error`, with Retry-After where trying again makes sense."""
-    api_error = ApiError.of(error)
-    headers = dict(headers or {})
-    if api_error.status == 503:
-        headers["retry-after"] = str(max(1, math.ceil(api_error.retry_after or 1)))
-    return JsonResponse(api_error.body(), api_error.status, headers)
+class ErrorResponse(JsonResponse):
+    """The whole answer for an error, in the shape of the dialect that it is sent to."""
+
+    def __init__(self, error: GryphonError | Failed, headers: dict[str, str] | None = None) -> None:
+        self.error = ApiError.of(error)
+        self.extra_headers = dict(headers or {})
+        if self.error.status == 503:
+            # Trying again makes sense.
+            seconds = max(1, math.ceil(self.error.retry_after or 1))
+            self.extra_headers["retry-after"] = str(seconds)
+        super().__init__(openai_body(self.error), self.error.status, self.extra_headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        shapes = (shape for begin, shape in _BODIES.items() if path.startswith(begin))
+        body = next(shapes, openai_body)(self.error)
+        whole = JsonResponse(body, self.error.status, self.extra_headers)
+        await whole(scope, receive, send)
 
 
 class CatchFaults:
@@ -139,4 +202,4 @@ class CatchFaults:
         except Exception as error:
             log_fault("request failed", error)
             if not started:
-                await error_response(internal_error())(scope, receive, send)
+                await ErrorResponse(internal_error())(scope, receive, send)

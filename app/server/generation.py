@@ -1,21 +1,33 @@
-"""From a generation request to an HTTP answer: what all dialects share.
+"""From generation requests to an HTTP answer: what all dialects share.
 
-A dialect turns its request into a `GenerationRequest` and brings an `Answer`, which spells events
-in its own words; `GenerationResponse` does the waiting, the streaming and the cancelling.
+A dialect turns its request into a `GenerationRequest`, or several of them where it may ask for
+several choices, and brings an `Answer`, which spells events in its own words; `GenerationResponse`
+does the waiting, the streaming and the cancelling.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
+from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app.engine.protocol import EngineStatus, Event, Failed, Finished, GenerationRequest, Token
+from app.engine.protocol import (
+    MAX_CLIENT_CHARACTERS,
+    Accepted,
+    EngineStatus,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Token,
+    ToolCall,
+)
 from app.errors import GryphonError
 from app.library.installed import InstalledModel
 from app.server.errors import ApiError, internal_error, log_fault
@@ -70,32 +82,82 @@ class Backend:
         return await asyncio.to_thread(self.models.find_model, name)
 
 
+@dataclass
+class Choice:
+    """One answer of a request, as it came out of the engine."""
+
+    tokens: list[Token] = field(default_factory=list)
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    finished: Finished | None = None
+    """Set when it is whole."""
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens) + self.end.text
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(token.reasoning for token in self.tokens) + self.end.reasoning
+
+    @property
+    def end(self) -> Finished:
+        """How it ended; only of a whole one."""
+        assert self.finished is not None, "not whole"
+        return self.finished
+
+
 class Answer(Protocol):
-    """How a dialect spells one answer, streamed (`opening` … `closing`) or whole."""
+    """How a dialect spells an answer, streamed (`opening` … `closing`) or `whole`.
+
+    An answer has as many choices as requests were made for it, numbered from 0; those that are
+    streamed at once come mixed.
+    """
 
     stream_media_type: str
     keep_alive: bytes
     """Bytes that clients skip, sent while nothing else is."""
 
-    def opening(self) -> bytes:
-        """Sent before the first token."""
+    def opening(self, accepted: Accepted | None) -> bytes:
+        """Sent first.
+
+        Args:
+            accepted: What is known of the first request's prompt; None where the engine took so
+                long that the stream begins with a keep-alive.
+        """
         ...
 
-    def token(self, token: Token) -> bytes:
-        """Sent for one token; empty when it has nothing to show yet."""
+    def piece(self, event: Token | ToolCall, choice: int) -> bytes:
+        """Sent for one token or tool call; empty when it has nothing to show yet."""
         ...
 
-    def closing(self, finished: Finished) -> bytes:
-        """Sent last."""
+    def ended(self, finished: Finished, choice: int) -> bytes:
+        """Sent for the end of one choice; nothing more of it follows."""
+        ...
+
+    def closing(self, ends: Sequence[Finished]) -> bytes:
+        """Sent last, after the end of every choice."""
         ...
 
     def broken(self, error: ApiError) -> bytes:
-        """Sent last instead of `closing` when generation fails midway."""
+        """Sent last instead when generation fails midway."""
         ...
 
-    def whole(self, tokens: list[Token], finished: Finished) -> bytes:
+    def whole(self, choices: Sequence[Choice]) -> bytes:
         """The JSON body when nothing was streamed."""
         ...
+
+
+def client_of(request: Request) -> str:
+    """Who asks, for fairness and for `gryphon ps`: the address and the program's own name.
+
+    Programs on one machine share an address and an API key, and an editor that completes must not
+    wait for a batch job of another program; so they are told apart by User-Agent. It can be forged,
+    which gains a client a second place in the queue and no more.
+    """
+    address = request.client.host if request.client else "socket"
+    product = request.headers.get("user-agent", "").partition(" ")[0]
+    name = f"{address} {product}".strip()[:MAX_CLIENT_CHARACTERS]
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 async def _events(engine: Engine, request: GenerationRequest) -> AsyncIterator[Event]:
@@ -118,44 +180,56 @@ async def _events(engine: Engine, request: GenerationRequest) -> AsyncIterator[E
         yield Failed(request.id, internal.code, internal.message)
 
 
+_Heard = Accepted | Token | ToolCall | Finished | Failed
+
+
 async def audible(
-    engine: Engine, request: GenerationRequest, silence_s: float
-) -> AsyncGenerator[Token | Finished | Failed | None, None]:
-    """Tokens and the end of one request; None whenever `silence_s` passed without any.
+    engine: Engine, requests: Sequence[GenerationRequest], silence_s: float
+) -> AsyncGenerator[tuple[int, _Heard | None], None]:
+    """What a client hears of each request, with its number, up to all ends or the first failure.
 
-    Closing the generator cancels the request.
+    The event is None whenever `silence_s` passed without any token, tool call or end. Closing the
+    generator cancels the requests.
     """
-    # One task runs the engine's iterator from first to last step, so that a wait which times out
-    # never cancels it. A queue of one: a slow reader of ours is a slow reader of the engine's.
-    queue: asyncio.Queue[Token | Finished | Failed] = asyncio.Queue(maxsize=1)
+    # One task per request runs the engine's iterator from first to last step, so that a wait which
+    # times out never cancels it. A queue of one: a slow reader of ours is a slow reader of the
+    # engine's.
+    queue: asyncio.Queue[tuple[int, _Heard]] = asyncio.Queue(maxsize=1)
 
-    async def forward() -> None:
+    async def forward(number: int, request: GenerationRequest) -> None:
         async with aclosing(
             cast("AsyncGenerator[Event, None]", _events(engine, request))
         ) as events:
             async for event in events:
                 # Progress does not count: a client needs to hear something all the same.
-                if isinstance(event, Token | Finished | Failed):
-                    await queue.put(event)
+                if isinstance(event, _Heard):
+                    await queue.put((number, event))
 
-    forwarding = asyncio.create_task(forward())
+    forwarding = [asyncio.create_task(forward(*one)) for one in enumerate(requests)]
+    running = len(requests)
     try:
-        while True:
+        heard_at = asyncio.get_running_loop().time()
+        while running:
             try:
-                async with asyncio.timeout(silence_s):
-                    event = await queue.get()
+                async with asyncio.timeout_at(heard_at + silence_s):
+                    number, event = await queue.get()
             except TimeoutError:
-                yield None
+                yield 0, None
+                heard_at = asyncio.get_running_loop().time()
                 continue
-            yield event
-            if isinstance(event, Finished | Failed):
+            yield number, event
+            if isinstance(event, Failed):
                 return
+            if not isinstance(event, Accepted):
+                heard_at = asyncio.get_running_loop().time()
+            running -= isinstance(event, Finished)
     finally:
-        forwarding.cancel()
-        await asyncio.wait({forwarding})
+        for task in forwarding:
+            task.cancel()
+        await asyncio.wait(forwarding)
 
 
-def _failure(event: Token | Finished | Failed | None) -> ApiError | None:
+def _failure(event: _Heard | None) -> ApiError | None:
     """The error that `event` stands for, if it does."""
     if isinstance(event, Failed):
         return ApiError.of(event)
@@ -168,19 +242,24 @@ def _failure(event: Token | Finished | Failed | None) -> ApiError | None:
 
 
 class GenerationResponse(Response):
-    """Generates while it is being sent. A client that goes away cancels the request."""
+    """Generates while it is being sent. A client that goes away cancels the requests."""
 
     def __init__(
-        self, backend: Backend, request: GenerationRequest, answer: Answer, *, stream: bool
+        self,
+        backend: Backend,
+        requests: Sequence[GenerationRequest],
+        answer: Answer,
+        *,
+        stream: bool,
     ) -> None:
         self.backend = backend
-        self.request = request
+        self.requests = requests
         self.answer = answer
         self.stream = stream
         self.background = None
         self.status_code = 200
         self.media_type = answer.stream_media_type if stream else "application/json"
-        headers = {"x-request-id": request.id}
+        headers = {"x-request-id": requests[0].id}
         if stream:
             headers["cache-control"] = "no-cache"
         self.body = b""
@@ -199,45 +278,61 @@ class GenerationResponse(Response):
         if not answering.cancelled():
             answering.result()
 
-    def _audible(self) -> AsyncGenerator[Token | Finished | Failed | None, None]:
-        return audible(self.backend.engine, self.request, self.backend.keep_alive_s)
+    def _audible(self) -> AsyncGenerator[tuple[int, _Heard | None], None]:
+        return audible(self.backend.engine, self.requests, self.backend.keep_alive_s)
 
     async def _whole(self, send: Send) -> None:
-        tokens: list[Token] = []
+        choices = [Choice() for _ in self.requests]
         async with aclosing(self._audible()) as events:
-            async for event in events:
+            async for number, event in events:
                 if error := _failure(event):
                     raise error
-                if isinstance(event, Token):
-                    tokens.append(event)
-                elif isinstance(event, Finished):
-                    body = self.answer.whole(tokens, event)
-                    self.headers["content-length"] = str(len(body))
-                    await self._start(send)
-                    await send({"type": "http.response.body", "body": body})
+                match event:
+                    case Token():
+                        choices[number].tokens.append(event)
+                    case ToolCall():
+                        choices[number].tool_calls.append(event)
+                    case Finished():
+                        choices[number].finished = event
+        body = self.answer.whole(choices)
+        self.headers["content-length"] = str(len(body))
+        await self._start(send)
+        await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, send: Send) -> None:
+        accepted: Accepted | None = None
+        ends: list[Finished] = []
+        started = False
         async with aclosing(self._audible()) as events:
-            # The status waits for the first token, since loading and prefill are where requests
-            # fail, but not longer than the first keep-alive: after that errors come as frames.
-            first = await anext(events)
-            if error := _failure(first):
-                raise error
-            await self._start(send)
-            await _send_part(send, self.answer.opening())
-            await _send_part(send, self._frames(first))
-            async for event in events:
-                await _send_part(send, self._frames(event))
+            async for number, event in events:
+                if isinstance(event, Accepted):
+                    accepted = accepted or event
+                    continue
+                error = _failure(event)
+                # The status waits for the first token, since loading and prefill are where requests
+                # fail, but not longer than the first keep-alive: after that errors come as frames.
+                if not started:
+                    if error is not None:
+                        raise error
+                    await self._start(send)
+                    await _send_part(send, self.answer.opening(accepted))
+                    started = True
+                if error is not None:
+                    await _send_part(send, self.answer.broken(error))
+                    break
+                await _send_part(send, self._frames(event, number))
+                if isinstance(event, Finished):
+                    ends.append(event)
+        if len(ends) == len(self.requests):
+            await _send_part(send, self.answer.closing(ends))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _frames(self, event: Token | Finished | Failed | None) -> bytes:
-        if error := _failure(event):
-            return self.answer.broken(error)
+    def _frames(self, event: _Heard | None, choice: int) -> bytes:
         match event:
-            case Token():
-                return self.answer.token(event)
+            case Token() | ToolCall():
+                return self.answer.piece(event, choice)
             case Finished():
-                return self.answer.closing(event)
+                return self.answer.ended(event, choice)
             case _:
                 return self.answer.keep_alive
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -16,10 +17,19 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app import __version__
-from app.engine.protocol import Finished, GenerationRequest, Message, Token, TokenLogprob, Usage
+from app.engine.protocol import (
+    Accepted,
+    Finished,
+    GenerationRequest,
+    Message,
+    Token,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
 from app.library.installed import InstalledModel
-from app.server.errors import ApiError, JsonResponse
-from app.server.generation import Backend, GenerationResponse
+from app.server.errors import ApiError, JsonResponse, openai_body
+from app.server.generation import Backend, Choice, GenerationResponse, client_of
 from app.server.openai_requests import ChatFields, CompletionFields
 from app.server.validation import Fields, schema_of
 
@@ -42,12 +52,15 @@ def frame(data: Any) -> bytes:
     return b"data: " + encoded + b"\n\n"
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
+    """The usage of all choices, which share one prompt: it counts once, as OpenAI counts it."""
+    prompt_tokens = usages[0].prompt_tokens
+    completion_tokens = sum(usage.completion_tokens for usage in usages)
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens},
     }
 
 
@@ -75,40 +88,61 @@ class _OpenAIAnswer:
             chunk["usage"] = None
         return frame(chunk)
 
-    def _choice(self, text: str | None, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+    def _choice(
+        self, index: int, text: str | None, logprobs: Any, finish_reason: str | None
+    ) -> dict[str, Any]:
         """One streamed choice; `text` is None in the last one."""
         raise NotImplementedError
 
-    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
-        """Logprobs of consecutive tokens, None when they were not asked for."""
+    def _logprobs(self, tokens: list[Token], index: int) -> dict[str, Any] | None:
+        """Logprobs of consecutive tokens of a choice, None when they were not asked for."""
         raise NotImplementedError
 
-    def _thought(self, reasoning: str) -> bytes:
+    def _thought(self, index: int, reasoning: str) -> bytes:
         """A streamed piece of reasoning; empty when there is none."""
         return b""
 
-    def token(self, token: Token) -> bytes:
-        logprobs = self._logprobs([token])
-        thought = self._thought(token.reasoning)
-        if not token.text and logprobs is None:
-            return thought
-        return thought + self._chunk(self._choice(token.text, logprobs, None))
+    def _call(self, index: int, call: ToolCall) -> bytes:
+        """A streamed tool call."""
+        raise NotImplementedError
 
-    def closing(self, finished: Finished) -> bytes:
-        last = self._thought(finished.reasoning)
-        last += self._chunk(self._choice(finished.text, None, None)) if finished.text else b""
-        last += self._chunk(self._choice(None, None, finished.reason))
-        if self.with_usage:
-            usage = {"choices": [], "usage": _usage(finished.usage)}
-            last += frame(self.head | {"object": self.stream_object} | usage)
-        return last + _DONE
+    def opening(self, accepted: Accepted | None) -> bytes:
+        return b""
+
+    def piece(self, event: Token | ToolCall, choice: int) -> bytes:
+        if isinstance(event, ToolCall):
+            return self._call(choice, event)
+        logprobs = self._logprobs([event], choice)
+        thought = self._thought(choice, event.reasoning)
+        if not event.text and logprobs is None:
+            return thought
+        return thought + self._chunk(self._choice(choice, event.text, logprobs, None))
+
+    def ended(self, finished: Finished, choice: int) -> bytes:
+        last = self._thought(choice, finished.reasoning)
+        if finished.text:
+            last += self._chunk(self._choice(choice, finished.text, None, None))
+        return last + self._chunk(self._choice(choice, None, None, finished.reason))
+
+    def closing(self, ends: Sequence[Finished]) -> bytes:
+        if not self.with_usage:
+            return _DONE
+        usage = {"choices": [], "usage": _usage([end.usage for end in ends])}
+        return frame(self.head | {"object": self.stream_object} | usage) + _DONE
 
     def broken(self, error: ApiError) -> bytes:
-        return frame(error.body())
+        return frame(openai_body(error))
 
-    def _whole(self, finished: Finished, choice: dict[str, Any]) -> bytes:
-        choice |= {"index": 0, "finish_reason": finished.reason}
-        rest = {"choices": [choice], "usage": _usage(finished.usage)}
+    def _whole_choice(self, choice: Choice, index: int) -> dict[str, Any]:
+        """What a choice that was not streamed holds besides its index and finish_reason."""
+        raise NotImplementedError
+
+    def whole(self, choices: Sequence[Choice]) -> bytes:
+        spelled = [
+            self._whole_choice(one, index) | {"index": index, "finish_reason": one.end.reason}
+            for index, one in enumerate(choices)
+        ]
+        rest = {"choices": spelled, "usage": _usage([one.end.usage for one in choices])}
         return msgspec.json.encode(self.head | {"object": self.whole_object} | rest)
 
 
@@ -118,11 +152,25 @@ class ChatAnswer(_OpenAIAnswer):
     stream_object = "chat.completion.chunk"
     whole_object = "chat.completion"
 
-    def _choice(self, text: str | None, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
-        delta = {} if text is None else {"content": text}
-        return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    def __init__(
+        self, request_id: str, model: str, *, with_usage: bool = False, choices: int = 1
+    ) -> None:
+        super().__init__(request_id, model, with_usage=with_usage)
+        self.calls = [0] * choices
+        """How many tool calls of each choice were sent."""
 
-    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
+    def _choice(
+        self, index: int, text: str | None, logprobs: Any, finish_reason: str | None
+    ) -> dict[str, Any]:
+        delta = {} if text is None else {"content": text}
+        return {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+
+    def _logprobs(self, tokens: list[Token], index: int) -> dict[str, Any] | None:
         content = [
             _spelled(token.logprob) | {"top_logprobs": [_spelled(other) for other in token.top]}
             for token in tokens
@@ -130,22 +178,35 @@ class ChatAnswer(_OpenAIAnswer):
         ]
         return {"content": content, "refusal": None} if content else None
 
-    def _thought(self, reasoning: str) -> bytes:
+    def _thought(self, index: int, reasoning: str) -> bytes:
         # OpenAI keeps reasoning to itself; clients know this name from DeepSeek's API.
-        choice = self._choice(None, None, None) | {"delta": {"reasoning_content": reasoning}}
+        choice = self._choice(index, None, None, None) | {"delta": {"reasoning_content": reasoning}}
         return self._chunk(choice) if reasoning else b""
 
-    def opening(self) -> bytes:
-        choice = self._choice("", None, None)
-        choice["delta"] = {"role": "assistant", "content": ""}
-        return self._chunk(choice)
+    def _call(self, index: int, call: ToolCall) -> bytes:
+        place = self.calls[index]
+        self.calls[index] += 1
+        delta = {"tool_calls": [{"index": place} | _spelled_call(call)]}
+        return self._chunk(self._choice(index, None, None, None) | {"delta": delta})
 
-    def whole(self, tokens: list[Token], finished: Finished) -> bytes:
-        text = "".join(token.text for token in tokens) + finished.text
-        message = {"role": "assistant", "content": text, "refusal": None}
-        if reasoning := "".join(token.reasoning for token in tokens) + finished.reasoning:
-            message["reasoning_content"] = reasoning
-        return self._whole(finished, {"message": message, "logprobs": self._logprobs(tokens)})
+    def opening(self, accepted: Accepted | None) -> bytes:
+        opened = b""
+        for index in range(len(self.calls)):
+            choice = self._choice(index, "", None, None)
+            choice["delta"] = {"role": "assistant", "content": ""}
+            opened += self._chunk(choice)
+        return opened
+
+    def _whole_choice(self, choice: Choice, index: int) -> dict[str, Any]:
+        calls = [_spelled_call(call) for call in choice.tool_calls]
+        # OpenAI's answers have no content where there are calls alone.
+        text = choice.text or (None if calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if choice.reasoning:
+            message["reasoning_content"] = choice.reasoning
+        if calls:
+            message["tool_calls"] = calls
+        return {"message": message, "logprobs": self._logprobs(choice.tokens, index)}
 
 
 class CompletionAnswer(_OpenAIAnswer):
@@ -154,21 +215,30 @@ class CompletionAnswer(_OpenAIAnswer):
     stream_object = whole_object = "text_completion"
 
     def __init__(
-        self, request_id: str, model: str, *, with_usage: bool = False, alternatives: int = 0
+        self,
+        request_id: str,
+        model: str,
+        *,
+        with_usage: bool = False,
+        alternatives: int = 0,
+        choices: int = 1,
     ) -> None:
         super().__init__(request_id, model, with_usage=with_usage)
         self.alternatives = alternatives
-        self.offset = 0
+        self.offsets = [0] * choices
+        """Characters of each choice's text so far."""
 
-    def _choice(self, text: str | None, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+    def _choice(
+        self, index: int, text: str | None, logprobs: Any, finish_reason: str | None
+    ) -> dict[str, Any]:
         return {
-            "index": 0,
+            "index": index,
             "text": text or "",
             "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
 
-    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: list[Token], index: int) -> dict[str, Any] | None:
         names: list[str] = []
         values: list[float] = []
         tops: list[dict[str, float]] = []
@@ -176,8 +246,8 @@ class CompletionAnswer(_OpenAIAnswer):
         for token in tokens:
             # Where the text so far ends: exact unless text waits for a character or a stop
             # string to be decided, then the place it waits at.
-            offsets.append(self.offset)
-            self.offset += len(token.text)
+            offsets.append(self.offsets[index])
+            self.offsets[index] += len(token.text)
             if token.logprob is not None:
                 names.append(_name(token.logprob))
                 values.append(_finite(token.logprob.logprob))
@@ -192,12 +262,8 @@ class CompletionAnswer(_OpenAIAnswer):
             "text_offset": offsets,
         }
 
-    def opening(self) -> bytes:
-        return b""
-
-    def whole(self, tokens: list[Token], finished: Finished) -> bytes:
-        text = "".join(token.text for token in tokens) + finished.text
-        return self._whole(finished, {"text": text, "logprobs": self._logprobs(tokens)})
+    def _whole_choice(self, choice: Choice, index: int) -> dict[str, Any]:
+        return {"text": choice.text, "logprobs": self._logprobs(choice.tokens, index)}
 
 
 def _finite(logprob: float) -> float:
@@ -207,6 +273,11 @@ def _finite(logprob: float) -> float:
 
 def _spelled(one: TokenLogprob) -> dict[str, Any]:
     return {"token": one.text, "logprob": _finite(one.logprob), "bytes": list(one.raw)}
+
+
+def _spelled_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.call_id, "type": "function", "function": function}
 
 
 def _name(one: TokenLogprob) -> str:
@@ -267,9 +338,10 @@ def router(backend: Backend) -> APIRouter:
             stop=fields.stop or [],
             logprobs=bool(fields.logprobs),
             top_logprobs=fields.top_logprobs or 0,
+            client=client_of(request),
         )
         answer = ChatAnswer(generation.id, model.name, with_usage=fields.with_usage)
-        return GenerationResponse(backend, generation, answer, stream=bool(fields.stream))
+        return GenerationResponse(backend, [generation], answer, stream=bool(fields.stream))
 
     @routes.post("/completions", openapi_extra=_body_of(CompletionFields))
     async def completions(request: Request) -> Response:
@@ -286,6 +358,7 @@ def router(backend: Backend) -> APIRouter:
             stop=fields.stop or [],
             logprobs=fields.logprobs is not None,
             top_logprobs=fields.logprobs or 0,
+            client=client_of(request),
         )
         answer = CompletionAnswer(
             generation.id,
@@ -293,6 +366,6 @@ def router(backend: Backend) -> APIRouter:
             with_usage=fields.with_usage,
             alternatives=generation.top_logprobs,
         )
-        return GenerationResponse(backend, generation, answer, stream=bool(fields.stream))
+        return GenerationResponse(backend, [generation], answer, stream=bool(fields.stream))
 
     return routes

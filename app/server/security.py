@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import GryphonError
-from app.server.errors import ApiError, error_response
+from app.server.errors import ApiError, ErrorResponse
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -94,7 +94,7 @@ class HostCheck:
                 "This endpoint answers to localhost, 127.0.0.1 and [::1] only; "
                 "use one of them as the host.",
             )
-            await error_response(error)(scope, receive, send)
+            await ErrorResponse(error)(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -138,7 +138,7 @@ class OriginCheck:
                 "Web pages may not use this endpoint; to let one in, name its origin: "
                 "gryphon serve --allow-origin ORIGIN.",
             )
-            await error_response(error)(scope, receive, send)
+            await ErrorResponse(error)(scope, receive, send)
             return
 
         async def send_with_cors(message: Message) -> None:
@@ -190,7 +190,7 @@ class KeyCheck:
                 "invalid_api_key",
                 "This endpoint needs its API key, as `Authorization: Bearer KEY` or `x-api-key`.",
             )
-            response = error_response(error, {"www-authenticate": "Bearer"})
+            response = ErrorResponse(error, {"www-authenticate": "Bearer"})
             await response(scope, receive, send)
             return
         await self.app(scope, receive, send)
@@ -223,7 +223,7 @@ class JsonOnly:
                     "unsupported_media_type",
                     "Send the body as JSON with the header `Content-Type: application/json`.",
                 )
-                await error_response(error)(scope, receive, send)
+                await ErrorResponse(error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -265,4 +265,4 @@ class BodyLimit:
         except _BodyTooLong:
             # The rest of the body is read and dropped by uvicorn, so that the client, which may
             # still be sending, gets to read this answer instead of a reset connection.
-            await error_response(error)(scope, receive, send)
+            await ErrorResponse(error)(scope, receive, send)
