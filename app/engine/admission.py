@@ -22,7 +22,7 @@ from app.errors import GryphonError
 # A model without a context limit could answer for ever: an answer then ends here by default.
 DEFAULT_MAX_TOKENS = 8192
 # Tokens prefilled between two decode steps: a fraction of a second on either kind of device.
-PREFILL_CHUNK = {mx.DeviceType.gpu: 512, mx.DeviceType.cpu: 128}
+PREFILL_CHUNK = {mx.DeviceType.gpu: 512, mx.DeviceType.cpu: 192}
 # Chunks of a long prompt between two of its states kept, where states cannot be trimmed.
 _CHUNKS_PER_MARK = 4
 
@@ -137,12 +137,18 @@ def _check_sampling(row: Row, resident: ResidentModel) -> None:
 
 
 def _marks(row: Row) -> deque[int]:
-    """Where in a prompt to keep its states: before its last token, for asking again. Where states
-    cannot be trimmed, also where an edit or the next turn will part from it, and now and then on
-    the way there."""
+    """Where in a prompt to keep its states: before its last token, for asking again, where an edit
+    or the next turn will part from it, and now and then on the way there.
+
+    Nowhere if states can be trimmed: what is kept at the row's end serves all of that, and who asks
+    before gets it from the running row (`Scheduler._share`). They are large, and the first token
+    would wait for their copy.
+    """
+    if always_trimmable(row.caches) and row.generation.speculation is None:
+        return deque()
     end = len(row.prompt) - 1
+    step = _CHUNKS_PER_MARK * PREFILL_CHUNK[mx.default_device().type]
     marks = {end}
     if not always_trimmable(row.caches):
-        step = _CHUNKS_PER_MARK * PREFILL_CHUNK[mx.default_device().type]
         marks |= {*row.boundaries, *range(row.cached + step, end, step)}
     return deque(sorted(mark for mark in marks if row.cached < mark <= end))

@@ -93,6 +93,11 @@ class PrefixCache:
     def __len__(self) -> int:
         return self._count
 
+    def longest(self, tokens: Sequence[int]) -> int:
+        """How long a prefix `find` would find in memory."""
+        found = self._tree.longest(tokens, _serves)
+        return found[0] if found is not None else 0
+
     def find(
         self, tokens: Sequence[int], chat: str = "", *, is_urgent: bool = False
     ) -> tuple[int, list[Any]] | None:

@@ -141,7 +141,7 @@ class Room:
             if size <= MIN_CHUNK:
                 # Nothing set aside for answers is worth ending a row for.
                 return MIN_CHUNK if self._has(self._needed(rows, MIN_CHUNK, answer=1)) else 0
-            size //= 2
+            size = max(MIN_CHUNK, size // 2)
         return size
 
     def can_grow(self, rows: Sequence[Row]) -> bool:

@@ -6,18 +6,21 @@ prefill runs, so no running row waits longer than that for a newcomer; several s
 share it, one after the other. The last prompt token is not prefilled: it is the row's first input
 to the batch, so every forward pass but those of prefill serves all rows.
 
-Decoding is one step ahead of reading: a step is launched with the tokens of the step before, still
-unread, and only then are those read, turned into text and sent. A row that turns out to have ended
-leaves the batch then; what the launched step computed for it is dropped. A row with a constraint
-needs its last token to know what may come next: where there is one, the forward pass is launched,
-the step before is read while it runs, and only then is the next token drawn.
+On a GPU decoding is one step ahead of reading: a step is launched with the tokens of the step
+before, still unread, and only then are those read, turned into text and sent. A row that turns out
+to have ended leaves the batch then; what the launched step computed for it is dropped. A row with a
+constraint needs its last token to know what may come next: where there is one, the forward pass is
+launched, the step before is read while it runs, and only then is the next token drawn. On a CPU
+MLX returns from a launch when the step is nearly done, and each token would come a step late: there
+a step is read at once.
 
 A row that speculates decodes in a lane of its own (`app.engine.speculation`); one lane runs after
 each step of the batch.
 
-States are kept for other requests (`app.engine.prefix_cache`): where the prompt's messages begin
-and end, before its last token, and where the row ends, whatever ended it. A request continues from
-the longest of them that its prompt begins with.
+States are kept for other requests (`app.engine.prefix_cache`): where the row ends, whatever ended
+it, and if they cannot be trimmed also where the prompt's messages begin and end and before its last
+token. A request continues from the longest of them that its prompt begins with, or from a row that
+still runs.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from app.engine.delivery import deliver
 from app.engine.ledger import line
 from app.engine.prefix_cache import PrefixCache
 from app.engine.prefix_files import PrefixFiles, not_forgotten
+from app.engine.preparation import shared_length
 from app.engine.protocol import (
     GenerationRequest,
     LoadModel,
@@ -55,12 +59,15 @@ from app.engine.resident import ResidentModel
 from app.engine.room import Room, ended_early
 from app.engine.snapshot import Snapshot, snapshot_of
 from app.engine.speculation import Lanes
+from app.engine.state_leaves import always_trimmable
 from app.engine.waiting import WaitingQueue
 from app.errors import GryphonError
 
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16
+# Fewer tokens are computed again sooner than states are copied.
+_MIN_SHARED = 32
 # Without a request for this long, what was read goes to the disk, one entry at a time.
 _QUIET_S = 0.5
 
@@ -77,6 +84,7 @@ class Scheduler:
         prefix_files: Where they are kept over a restart; None for nowhere.
         memory_bytes: Caps the memory budget; None is what the machine has.
         keep_alive_s: How long a model stays after its last request; negative or infinite: for ever.
+        runs_ahead: Whether a step is read when the next one is launched; None: on a GPU.
     """
 
     def __init__(
@@ -86,6 +94,7 @@ class Scheduler:
         *,
         memory_bytes: int | None = None,
         keep_alive_s: float = math.inf,
+        runs_ahead: bool | None = None,
     ) -> None:
         self.snapshot = Snapshot()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -95,6 +104,7 @@ class Scheduler:
         self._batch = Batch()
         self._lanes = Lanes()
         self._in_flight: Launch | None = None
+        self._runs_ahead = memory.on_gpu() if runs_ahead is None else runs_ahead
         self._residency = Residency(prefix_cache_bytes, prefix_files, memory_bytes, keep_alive_s)
         self._keep_alive = self._residency.keep_alive
         self._outbox: list[Callable[[], None]] = []
@@ -197,18 +207,19 @@ class Scheduler:
     def _rest(self) -> None:
         """Wait for something to do. Meanwhile what is kept goes to the disk, and then the model's
         time may run out."""
+        self._publish()
+        wait_s = self._keep_alive.remaining_s() if self._resident else None
+        # The next question may come at once, and would have to ask the system for memory again.
+        if self._take_inbox(wait_s=_QUIET_S if wait_s is None else min(_QUIET_S, wait_s)):
+            return
         mx.synchronize()  # what was kept has let go of what it was copied from
         mx.clear_cache()
         self._publish()
-        wait_s = self._keep_alive.remaining_s() if self._resident else None
         if self._prefixes is not None:
-            if self._take_inbox(wait_s=_QUIET_S if wait_s is None else min(_QUIET_S, wait_s)):
-                return
             while self._prefixes.save_next():
                 if self._take_inbox(wait_s=0.0):
                     return
-            wait_s = self._keep_alive.remaining_s()
-        self._take_inbox(wait_s=wait_s)
+        self._take_inbox(wait_s=self._keep_alive.remaining_s() if self._resident else None)
         if self._resident and not self._queue and self._keep_alive.remaining_s() == 0:
             self._unload()
             self.on_idle()
@@ -431,10 +442,24 @@ class Scheduler:
         assert self._resident is not None and self._room is not None
         self._keep_alive.asked(row.generation.keep_alive_s)
         others_wait = bool(self._batch.rows or self._lanes)
+        self._share(row)
         admit(row, self._resident, self._prefixes, self._room, others_wait=others_wait)
         if not row.done:
             self._lanes.open(row, self._resident)
             self._prefilling = row
+
+    def _share(self, row: Row) -> None:
+        """Keep the states of a running row that this one's prompt begins as, if they can be
+        trimmed: others are kept as they are read."""
+        if self._prefixes is None or not self._batch.rows:
+            return
+        shared = [shared_length(other.fed, row.prompt) for other in self._batch.rows]
+        most = max(shared)
+        index = shared.index(most)
+        if most >= _MIN_SHARED and most > self._prefixes.longest(row.prompt):
+            states = self._batch.states_of(index)
+            if always_trimmable(states):
+                self._keep(self._batch.rows[index], states)
 
     def _end_newest(self) -> None:
         """End a row for lack of memory, so that the others can go on."""
@@ -531,6 +556,8 @@ class Scheduler:
             launch = self._batch.draw(logits, allowed)
         self._read_in_flight()
         self._in_flight = launch
+        if not self._runs_ahead:
+            self._read_in_flight()
         self._drop(lambda row: row.done)
 
     def _speculate(self) -> None:

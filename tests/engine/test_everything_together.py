@@ -297,7 +297,11 @@ def test_all_of_it_at_once(
         patch.setattr(Scheduler, "_prefill_chunk", prefill_chunk)
         patch.setattr(Launch, "was_broken", was_broken)
         scheduler = Scheduler(
-            2**20, PrefixFiles(tmp_path / "prefixes"), memory_bytes=budget, keep_alive_s=0
+            2**20,
+            PrefixFiles(tmp_path / "prefixes"),
+            memory_bytes=budget,
+            keep_alive_s=0,
+            runs_ahead=True,
         )
         rows = play(asked, scheduler, constraints)
     view = scheduler.snapshot

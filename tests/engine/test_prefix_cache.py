@@ -16,10 +16,12 @@ from mlx_lm.models import cache as zoo
 
 import mlxmodels
 from app.engine import prefix_cache, preparation, state_leaves
+from app.engine.admission import PREFILL_CHUNK
 from app.engine.batch import Launch
 from app.engine.client import EngineClient
 from app.engine.memory import MemoryBudget
 from app.engine.prefix_cache import PrefixCache
+from app.engine.preparation import shared_length
 from app.engine.protocol import (
     Accepted,
     Failed,
@@ -227,7 +229,27 @@ def test_a_long_prompt_without_messages_is_kept_now_and_then(
         cached.ask(prompt, max_tokens=1)
         changed = [*prompt[:1300], 7, 7, 7]
         assert changed[1300] != prompt[1300]
-        assert cached.ask(changed, max_tokens=1).cached == 1024
+        step = 4 * PREFILL_CHUNK[mx.default_device().type]
+        assert cached.ask(changed, max_tokens=1).cached == 1300 // step * step > 0
+
+
+@pytest.mark.parametrize("family", TRIMMABLE)
+def test_a_prompt_continues_from_a_row_that_still_runs(
+    checkpoints: dict[str, ModelRef], family: str
+) -> None:
+    shared = tokens_of(90, "shared")
+    with engine(checkpoints[family]) as cached, engine(checkpoints[family], 0) as plain:
+        first = cached.submit(shared, max_tokens=300)
+        others = [[*shared, *tokens_of(n, "tail")] for n in (1, 40)] + [shared]
+        for prompt in [*others, [*shared[:40], *tokens_of(9, "tail")], tokens_of(9)]:
+            asked = cached.ask(prompt, max_tokens=20)
+            expected = min(shared_length(prompt, shared), len(prompt) - 1)
+            # Its last token may not be fed yet.
+            assert asked.cached in ((expected, expected - 1) if expected >= 40 else (0,))
+            assert asked.tokens == plain.ask(prompt, max_tokens=20).tokens
+        assert not first.ended.is_set(), "it was not running"
+        assert first.ended.wait(60)
+        assert first.tokens == plain.ask(shared, max_tokens=300).tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)

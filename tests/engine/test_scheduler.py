@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import msgspec
 import pytest
 
@@ -57,7 +58,7 @@ class Harness:
     """A scheduler on its own thread, and everything it says."""
 
     def __init__(self) -> None:
-        self.scheduler = Scheduler()
+        self.scheduler = Scheduler(runs_ahead=True)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.rows: dict[str, Row] = {}
         self.said: dict[str, list[Event]] = {}
@@ -150,7 +151,8 @@ def test_a_prompt_of_several_chunks_is_reported_as_it_is_read(
     read = [
         e.processed for e in harness.said["a"] if isinstance(e, Progress) and e.phase == "prefill"
     ]
-    assert read == [129, 257, 300]
+    chunk = PREFILL_CHUNK[mx.default_device().type]
+    assert read == [*range(chunk + 1, 300, chunk), 300]
     assert [type(e) for e in harness.said["a"][:3]] == [Progress, Progress, Accepted]  # load, then
 
 
@@ -214,7 +216,7 @@ def test_one_chunk_at_most_is_computed_between_two_steps_however_many_prompts_wa
     chunk = PREFILL_CHUNK[mx.default_device().type]
     scheduler = Scheduler(prefix_cache_bytes=2**24)
     model, ended = checkpoints[family], list[str]()
-    lengths = {"b": 402, "c": 9, "d": 301, "e": 290, "f": 403}
+    lengths = {"b": 402, "c": 9, "d": 301, "e": 296, "f": 403}
 
     def happened(event: Event) -> None:
         if isinstance(event, Token) and event.id == "a" and len(calls) == 3:
@@ -252,7 +254,8 @@ def test_short_prompts_share_a_chunk_and_one_that_does_not_fit_waits_whole(
     """Otherwise a burst of n requests costs n decode steps that are mostly empty."""
     scheduler = Scheduler()
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    lengths = {"a": 40, "b": 40, "c": 41, "d": 40}
+    third = PREFILL_CHUNK[mx.default_device().type] // 3
+    lengths = {"a": third, "b": third, "c": third + 1, "d": third}
     for id, length in lengths.items():  # all are there before the first turn
         prompt = prompt_of(length)
         model = checkpoints["open_llama"]
@@ -590,6 +593,31 @@ def test_a_step_is_read_while_the_next_one_runs() -> None:
     read = time.monotonic()
     mx.eval(mx.zeros(1) + 1)
     assert read - began < (time.monotonic() - began) / 2
+
+
+def test_without_running_ahead_a_token_is_sent_before_the_next_step(
+    checkpoints: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the token that ends an answer is fed to nothing."""
+    order: list[str] = []
+    genuine = Batch.forward
+
+    def forward(self: Batch, model: nn.Module) -> mx.array:
+        order.append("step")
+        return genuine(self, model)
+
+    def happened(event: Event) -> None:
+        if isinstance(event, Token):
+            order.append("token")
+        elif isinstance(event, (Finished, Failed)):
+            scheduler.stop()
+
+    monkeypatch.setattr(Batch, "forward", forward)
+    scheduler = Scheduler(runs_ahead=False)
+    asked = request(checkpoints["open_llama"], "a", max_tokens=5)
+    scheduler.submit(Row(asked, happened, prompt_of(9)))
+    scheduler.run()
+    assert order == ["step", "token"] * 5
 
 
 def test_a_stop_string_ends_the_text_before_it(
