@@ -4,7 +4,8 @@
     .venv/bin/python scripts/bench_prefix.py --size small --rounds 3
 
 Through the whole stack below a face, with random weights. Every round has a chat of its own, so
-that its first request is cold, and then continues it:
+that its first request is cold, and then continues it, each time after the five seconds in which a
+person reads the answer:
 
     turn 2     the answer and another question
     retry      the first request again
@@ -53,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.tiny_models import GEMMA2, OPEN_LLAMA, RECURRENT_GEMMA, TEMPLATE, byte_tokenizer
 
 GOAL = 0.05
-# A person reads the answer before the engine ends: it goes to the disk meanwhile.
+# A person reads the answer, and what was read for it goes to the disk meanwhile.
 READING_S = 5.0
 KINDS = ("turn 2", "retry", "edit", "restart")
 SIZES: dict[str, dict[str, Any]] = {
@@ -145,6 +146,7 @@ async def measure(model: ModelRef, tokens: int, rounds: int) -> dict[str, list[t
         found["cold"].append((cold, 1.0, cached))
         warm = {"turn 2": second, "retry": first, "edit": edited}
         for kind in draw.sample(list(warm), 3):
+            await asyncio.sleep(READING_S)
             seconds, cached, text = await answer(client, model, warm[kind])
             found[kind].append((seconds, seconds / cold, cached))
             if kind == "turn 2":

@@ -197,7 +197,7 @@ class Launch:
 
     @classmethod
     def of(cls, rows: list[Row], logits: mx.array, tokens: mx.array) -> Launch:
-        """A step begun, not waited for: what the rows draw from logits [B, V] of the model."""
+        """A step that is yet to be started: what the rows draw from logits [B, V] of the model."""
         # As float32: a sum of many float16 numbers may exceed them and be none itself.
         launch = cls(rows, tokens, mx.isnan(logits.astype(mx.float32).sum(axis=-1)))
         requests = [row.generation for row in rows]
@@ -207,10 +207,10 @@ class Launch:
             launch.logprobs = chosen[:, 0]
             if count := max(request.top_logprobs for request in requests):
                 launch.top_ids, launch.top_values = top_logprobs(logprobs, count)
-        launch._start()
         return launch
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Begin to compute it, without waiting for it."""
         given = [self.tokens, self.is_nan, self.logprobs, self.top_ids, self.top_values]
         mx.async_eval([array for array in given if array is not None])
 
@@ -307,14 +307,11 @@ class Batch:
         return any(row.matcher is not None for row in self.rows)
 
     def forward(self, model: nn.Module) -> mx.array:
-        """Every row feeds its token: logits of the next, [B, V], being computed or yet to be."""
-        logits: mx.array = model(self.inputs[:, None], cache=self.caches)[:, -1]
-        if self.is_constrained:
-            mx.async_eval(logits)  # so that it runs while the last tokens are read
-        return logits
+        """Every row feeds its token: logits of the next, [B, V], yet to be computed."""
+        return cast(mx.array, model(self.inputs[:, None], cache=self.caches)[:, -1])
 
     def draw(self, logits: mx.array, allowed: NDArray[np.bool_] | None = None) -> Launch:
-        """Every row draws its next token, and the step is started.
+        """Every row draws its next token; the step is yet to be started.
 
         Args:
             logits: [B, V], of `forward`.

@@ -12,7 +12,7 @@ to have ended leaves the batch then; what the launched step computed for it is d
 constraint needs its last token to know what may come next: where there is one, the forward pass is
 launched, the step before is read while it runs, and only then is the next token drawn. On a CPU
 MLX returns from a launch when the step is nearly done, and each token would come a step late: there
-a step is read at once.
+the next step is put together while the one before it ends, which is read before it is launched.
 
 A row that speculates decodes in a lane of its own (`app.engine.speculation`); one lane runs after
 each step of the batch.
@@ -84,7 +84,7 @@ class Scheduler:
         prefix_files: Where they are kept over a restart; None for nowhere.
         memory_bytes: Caps the memory budget; None is what the machine has.
         keep_alive_s: How long a model stays after its last request; negative or infinite: for ever.
-        runs_ahead: Whether a step is read when the next one is launched; None: on a GPU.
+        reads_first: Whether a step is read before the next one is launched; None: on a CPU.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Scheduler:
         *,
         memory_bytes: int | None = None,
         keep_alive_s: float = math.inf,
-        runs_ahead: bool | None = None,
+        reads_first: bool | None = None,
     ) -> None:
         self.snapshot = Snapshot()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -104,7 +104,7 @@ class Scheduler:
         self._batch = Batch()
         self._lanes = Lanes()
         self._in_flight: Launch | None = None
-        self._runs_ahead = memory.on_gpu() if runs_ahead is None else runs_ahead
+        self._reads_first = not memory.on_gpu() if reads_first is None else reads_first
         self._residency = Residency(prefix_cache_bytes, prefix_files, memory_bytes, keep_alive_s)
         self._keep_alive = self._residency.keep_alive
         self._outbox: list[Callable[[], None]] = []
@@ -549,15 +549,20 @@ class Scheduler:
         if self._batch.rows:
             assert self._resident is not None
             logits = self._batch.forward(self._resident.loaded.model)
-            allowed = None
-            if self._batch.is_constrained:
+            is_constrained = self._batch.is_constrained
+            if not is_constrained:
+                launch = self._batch.draw(logits)
+            if self._reads_first:
+                self._send_in_flight()
+            if is_constrained:
+                mx.async_eval(logits)
                 self._read_in_flight()  # while the logits are computed
                 allowed = allowed_tokens(self._batch.rows, logits.shape[-1])
-            launch = self._batch.draw(logits, allowed)
+                launch = self._batch.draw(logits, allowed)
+            assert launch is not None
+            launch.start()
         self._read_in_flight()
         self._in_flight = launch
-        if not self._runs_ahead:
-            self._read_in_flight()
         self._drop(lambda row: row.done)
 
     def _speculate(self) -> None:
@@ -575,6 +580,15 @@ class Scheduler:
                 row.caches = []
             else:
                 self._batch.join(row)
+
+    def _send_in_flight(self) -> None:
+        """Read the step launched before, and send what is no row's end: an end is told when the
+        row has left."""
+        rows = self._in_flight_rows
+        self._read_in_flight()
+        if not any(row.done for row in rows):
+            self._publish()
+            self._send_events()
 
     def _read_in_flight(self) -> None:
         """Turn the tokens of the step launched before into events."""

@@ -103,6 +103,7 @@ class Lane:
         logits = self._model(mx.array([fed], mx.int32), cache=row.caches)[0, -count:]
         tokens = self._drawn(logits, uniforms[:count], exclude_top[:count])
         launch = Launch.of([row] * count, logits, tokens)
+        launch.start()
         drawn = launch.token_ids()
         row.first_token_s = row.first_token_s or time.monotonic()
         right = shared_length(guess, drawn)

@@ -61,7 +61,7 @@ class Engine:
         self, model: ModelRef, prefix_cache_bytes: int | None, files: PrefixFiles | None = None
     ) -> None:
         self.model = model
-        self.scheduler = Scheduler(prefix_cache_bytes, files, runs_ahead=True)
+        self.scheduler = Scheduler(prefix_cache_bytes, files)
         self._thread = threading.Thread(target=self.scheduler.run, daemon=True)
         self._thread.start()
         self._count = 0

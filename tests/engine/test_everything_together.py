@@ -301,7 +301,7 @@ def test_all_of_it_at_once(
             PrefixFiles(tmp_path / "prefixes"),
             memory_bytes=budget,
             keep_alive_s=0,
-            runs_ahead=True,
+            reads_first=False,
         )
         rows = play(asked, scheduler, constraints)
     view = scheduler.snapshot
