@@ -31,7 +31,7 @@ from app.library.installed import InstalledModel
 from app.server.errors import ApiError, JsonResponse, openai_body
 from app.server.generation import Backend, Choice, GenerationResponse, client_of
 from app.server.openai_requests import ChatFields, CompletionFields
-from app.server.validation import Fields, schema_of
+from app.server.validation import body_of
 
 _DONE = b"data: [DONE]\n\n"
 _LEAST_LOGPROB = -9999.0
@@ -300,12 +300,6 @@ def _model_object(model: InstalledModel) -> dict[str, Any]:
     }
 
 
-def _body_of(fields: type[Fields]) -> dict[str, Any]:
-    """OpenAPI's description of a body that the handler reads itself."""
-    content = {"application/json": {"schema": schema_of(fields)}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
 def router(backend: Backend) -> APIRouter:
     """The routes under `/v1`."""
     routes = APIRouter(prefix="/v1", tags=["OpenAI"])
@@ -321,7 +315,7 @@ def router(backend: Backend) -> APIRouter:
         """One installed model; names may hold slashes."""
         return JsonResponse(_model_object(await backend.find_model(name)))
 
-    @routes.post("/chat/completions", openapi_extra=_body_of(ChatFields))
+    @routes.post("/chat/completions", openapi_extra=body_of(ChatFields))
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation through the model's own chat template."""
         fields = ChatFields.parse(await request.body())
@@ -343,7 +337,7 @@ def router(backend: Backend) -> APIRouter:
         answer = ChatAnswer(generation.id, model.name, with_usage=fields.with_usage)
         return GenerationResponse(backend, [generation], answer, stream=bool(fields.stream))
 
-    @routes.post("/completions", openapi_extra=_body_of(CompletionFields))
+    @routes.post("/completions", openapi_extra=body_of(CompletionFields))
     async def completions(request: Request) -> Response:
         """Continue a raw prompt, verbatim: no template."""
         fields = CompletionFields.parse(await request.body())

@@ -95,6 +95,12 @@ def schema_of(fields: type[Fields]) -> Any:
     return inlined(schema)
 
 
+def body_of(fields: type[Fields]) -> dict[str, Any]:
+    """OpenAPI's description of a body that the handler reads itself."""
+    content = {"application/json": {"schema": schema_of(fields)}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def refuse(code: str, template: str, *, field: str | None = None, **values: str) -> Exception:
     """The error to raise in a validator; `{path}` in `template` is where it happened."""
     context = {"template": template, "field": field, **values}
