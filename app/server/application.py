@@ -14,7 +14,7 @@ from starlette.responses import Response
 from app import __version__
 from app.errors import GryphonError
 from app.library import installed
-from app.server import embeddings, llama_cpp, metrics, openai, security
+from app.server import embeddings, llama_cpp, metrics, openai, responses, security
 from app.server.errors import ApiError, CatchFaults, ErrorResponse, JsonResponse, log_fault
 from app.server.generation import Backend, Engine, Models
 
@@ -74,7 +74,7 @@ def create_app(
 
     app.include_router(metrics.router(engine))
     backend = Backend(engine, models, keep_alive_s)
-    for dialect in (openai, embeddings, llama_cpp):
+    for dialect in (openai, responses, embeddings, llama_cpp):
         app.include_router(dialect.router(backend))
     return app
 

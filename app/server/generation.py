@@ -182,7 +182,7 @@ class Answer(Protocol):
         ...
 
     def closing(self, ends: Sequence[Finished]) -> bytes:
-        """Sent last, after the end of every choice."""
+        """Sent last, after the end of every choice; `ends` are in the order of the choices."""
         ...
 
     def broken(self, error: ApiError) -> bytes:
@@ -348,7 +348,7 @@ class GenerationResponse(Response):
 
     async def _stream(self, send: Send) -> None:
         accepted: Accepted | None = None
-        ends: list[Finished] = []
+        ends: dict[int, Finished] = {}
         started = False
         async with aclosing(self._audible()) as events:
             async for number, event in events:
@@ -369,9 +369,10 @@ class GenerationResponse(Response):
                     break
                 await _send_part(send, self._frames(event, number))
                 if isinstance(event, Finished):
-                    ends.append(event)
+                    ends[number] = event
         if len(ends) == len(self.requests):
-            await _send_part(send, self.answer.closing(ends))
+            in_order = [ends[number] for number in range(len(ends))]
+            await _send_part(send, self.answer.closing(in_order))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _frames(self, event: _Heard | None, choice: int) -> bytes:

@@ -26,7 +26,7 @@ from app.engine.protocol import (
 )
 from app.server.errors import ApiError, llama_cpp_body
 from app.server.generation import Choice, Engine
-from app.server.openai import frame
+from app.server.sse import frame
 
 
 class EarlyEnd:
