@@ -19,6 +19,7 @@ from app.server.completion_answer import CompletionAnswer
 from app.server.completion_requests import CompletionFields
 from app.server.errors import JsonResponse
 from app.server.generation import Backend, GenerationResponse, client_of
+from app.server.openai_requests import check_copies
 from app.server.reasoning_effort import effort_options
 from app.server.validation import body_of
 
@@ -65,7 +66,9 @@ def router(backend: Backend) -> APIRouter:
     @routes.post("/chat/completions", openapi_extra=body_of(ChatFields))
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation through the model's own chat template."""
-        fields = ChatFields.parse(await request.body())
+        body = await request.body()
+        fields = ChatFields.parse(body)
+        check_copies(body, fields.n or 1)
         model = await backend.find_model(fields.model)
         options = await asyncio.to_thread(
             effort_options, fields.reasoning_effort, model.path, param="reasoning_effort"
@@ -84,7 +87,9 @@ def router(backend: Backend) -> APIRouter:
     @routes.post("/completions", openapi_extra=body_of(CompletionFields))
     async def completions(request: Request) -> Response:
         """Continue raw prompts, verbatim: no template."""
-        fields = CompletionFields.parse(await request.body())
+        body = await request.body()
+        fields = CompletionFields.parse(body)
+        check_copies(body, fields.n or 1)
         model = await backend.find_model(fields.model)
         id = f"cmpl-{uuid.uuid4().hex}"
         requests = fields.requests(id, model.ref, client_of(request))

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, mod
 
 from app.engine.protocol import GenerationRequest, Sampling
 from app.server.answer_forms import StructuredOutputs
+from app.server.errors import ApiError
 from app.server.validation import Fields, refuse, shown
 
 WITHOUT_EFFECT = frozenset(
@@ -35,6 +36,7 @@ WITHOUT_EFFECT = frozenset(
 
 MAX_CHOICES = 32
 """Of one request: each waits in the engine's queue, and a client has so many places there."""
+MAX_COPIED_BYTES = 32 * 1024 * 1024
 MAX_INT = 2**31 - 1
 _MAX_LOGIT_BIAS = 1024
 
@@ -192,6 +194,22 @@ class GenerationFields(SamplingFields):
     def with_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def check_copies(body: bytes, n: int) -> None:
+    """Refuse long bodies of which the engine would get too many copies, one for each choice.
+
+    Raises:
+        ApiError: 400.
+    """
+    if n > 1 and n * len(body) > MAX_COPIED_BYTES:
+        raise ApiError(
+            400,
+            "request_too_large",
+            f"`n` = {n} and a body of {len(body)} bytes are {n * len(body)} bytes, and "
+            f"{MAX_COPIED_BYTES} is the limit. Ask for fewer choices.",
+            param="n",
+        )
 
 
 def spread(prompts: Sequence[GenerationRequest], n: int) -> list[GenerationRequest]:

@@ -126,6 +126,11 @@ class ReasoningFields(Fields):
     effort: Effort = None
 
 
+# It comes back with every response: OpenAI's own limits.
+MetadataKey = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
+
+
 def _as_items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
@@ -170,7 +175,7 @@ class ResponseFields(SamplingFields):
     max_output_tokens: TokenLimit | None = None
     top_logprobs: Alternatives | None = None
     include: Annotated[list[str], Field(max_length=64)] | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

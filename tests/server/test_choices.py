@@ -190,6 +190,18 @@ def test_what_cannot_be_is_refused_by_name(
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_many_copies_of_a_long_body_are_refused(
+    server: Server, engine: ScriptedEngine, path: str
+) -> None:
+    long = "x" * 3 * 2**20
+    body = {"messages": [{"role": "user", "content": long}]} if path == CHAT else {"prompt": long}
+    reply = server.post(path, body_of(path, n=16) | body)
+    assert (reply.status, reply.error["param"]) == (400, "n")
+    assert server.post(path, body_of(path) | body).status == 200
+    assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_every_sampling_field_reaches_the_engine(
     server: Server, engine: ScriptedEngine, path: str
 ) -> None:
