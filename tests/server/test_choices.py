@@ -43,8 +43,8 @@ def number_of(id: str) -> int:
 
 
 class Numbering(ScriptedEngine):
-    """Answers four requests with their numbers, in two pieces; the last one ends first. The prompt
-    "b" has a token more than "a"."""
+    """Answers four requests with their numbers, in two pieces; they end in the order 3, 1, 2, 0. The
+    prompt "b" has a token more than "a"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,8 +57,8 @@ class Numbering(ScriptedEngine):
         *pieces, end = [event async for event in super().stream(request)]
         for event in pieces:
             yield event
-        if number < 3:
-            await self.over[number + 1].wait()
+        if number != 3:
+            await self.over[{1: 3, 2: 1, 0: 2}[number]].wait()
         try:
             yield end
         finally:
@@ -85,7 +85,7 @@ def test_choices_are_numbered_prompt_by_prompt(server: Server) -> None:
             if choice["finish_reason"]:
                 ends.append(choice["index"])
         assert texts == {0: "0!", 1: "1!", 2: "2!", 3: "3!"}
-        assert ends == [3, 2, 1, 0]
+        assert ends == [3, 1, 2, 0]
 
 
 def test_a_prompt_counts_once_however_many_choices(client: openai.OpenAI, server: Server) -> None:

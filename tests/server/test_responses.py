@@ -278,6 +278,7 @@ def test_logprobs_are_those_of_the_text(server: Server, engine: ScriptedEngine) 
         return Token("", text, id, own, [own], reasoning)
 
     script = [
+        token(9, "", b"<think>"),
         token(1, "", b"Hm", "Hm"),
         token(2, "", b"\xc3"),
         token(3, "é", b"\xa9"),
