@@ -315,7 +315,8 @@ def encode_frame(message: Command | Event) -> bytes:
     """One frame, ready to write.
 
     Raises:
-        GryphonError: "request_too_large", over `MAX_FRAME_BYTES`, or "invalid_text".
+        GryphonError: "request_too_large", over `MAX_FRAME_BYTES`, "invalid_text", or
+            "invalid_request": nested too deeply, or a whole number of more than 64 bits.
     """
     try:
         body = _encoder.encode(message)
@@ -325,6 +326,12 @@ def encode_frame(message: Command | Event) -> bytes:
         ) from error
     except RecursionError as error:
         raise GryphonError("invalid_request", "The request is nested too deeply.") from error
+    except OverflowError as error:
+        raise GryphonError(
+            "invalid_request",
+            "The request holds a whole number that does not fit into 64 bits, in the parameters of "
+            "a tool or in template_options. Leave it out.",
+        ) from error
     if len(body) > MAX_FRAME_BYTES:
         raise GryphonError(
             "request_too_large",

@@ -134,6 +134,13 @@ async def test_bytes_that_are_no_command_are_refused() -> None:
         await read_command(_reader(b"\x00\x00\x00\x04\xffabc"))
 
 
+def test_a_number_too_large_for_a_frame_is_the_clients_fault() -> None:
+    tool = Tool("f", "", {"type": "object", "maximum": 2**70})
+    with pytest.raises(GryphonError, match="64 bits") as caught:
+        encode_frame(msgspec.structs.replace(REQUEST, tools=[tool]))
+    assert caught.value.code == "invalid_request"
+
+
 def test_a_request_too_large_for_a_frame_says_so() -> None:
     request = msgspec.structs.replace(REQUEST, prompt="x" * (MAX_FRAME_BYTES + 1))
     with pytest.raises(GryphonError) as caught:

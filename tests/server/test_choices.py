@@ -43,8 +43,8 @@ def number_of(id: str) -> int:
 
 
 class Numbering(ScriptedEngine):
-    """Answers four requests with their numbers, in two pieces; they end in the order 3, 1, 2, 0. The
-    prompt "b" has a token more than "a"."""
+    """Answers four requests with their numbers, in two pieces; they end in the order 3, 1, 2, 0.
+    The prompt "b" has a token more than "a"."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -206,6 +206,7 @@ def test_prompts_are_answered_as_if_alone(tiny: openai.OpenAI) -> None:
     [
         ({"chat_template_kwargs": {"mood": "good"}}, "no option 'mood'"),
         ({"logit_bias": {"100000": 1}}, "token ids of 0 to"),
+        ({"chat_template_kwargs": {"tools_in_user_message": 2**70}}, "64 bits"),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "regex"),
     ],
 )

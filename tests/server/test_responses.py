@@ -379,13 +379,14 @@ def test_an_output_is_taken_back_as_it_came(client: openai.OpenAI, engine: Scrip
     ]
 
 
-# Our reading of what Codex sends: codex-rs/codex-api and codex-rs/core of github.com/openai/codex.
+# As Codex 0.169 sends it, with fewer tools and shorter texts.
 CODEX = {
     "instructions": "You are Codex.",
     "input": [
         {
             "type": "message",
             "role": "developer",
+            "id": "msg_1",
             "content": [{"type": "input_text", "text": "<permissions>"}],
             "internal_chat_message_metadata_passthrough": {"turn_id": "t"},
         },
@@ -398,7 +399,7 @@ CODEX = {
     "tools": [
         {
             "type": "function",
-            "name": "shell",
+            "name": "exec_command",
             "description": "Runs a command.",
             "strict": False,
             "parameters": SCHEMA,
@@ -412,13 +413,13 @@ CODEX = {
         {"type": "web_search", "external_web_access": False},
     ],
     "tool_choice": "auto",
-    "parallel_tool_calls": False,
-    "reasoning": None,
+    "parallel_tool_calls": True,
+    "reasoning": {"summary": "auto"},
     "store": False,
     "stream": True,
     "include": ["reasoning.encrypted_content"],
     "prompt_cache_key": "0199",
-    "client_metadata": {"x-codex-installation-id": "1"},
+    "client_metadata": {"x-codex-installation-id": "1", "turn_id": "2"},
 }
 
 
@@ -427,7 +428,7 @@ def test_codex(server: Server, engine: ScriptedEngine) -> None:
     events = events_of(server.post(PATH, CODEX | {"model": SMOL.name}).body)
     request = engine.requests[0]
     assert request.tools == [
-        Tool("shell", "Runs a command.", SCHEMA),
+        Tool("exec_command", "Runs a command.", SCHEMA),
         Tool("mcp__files__read", "Files.\n\nOne."),
     ]
     done = next(event for event in events if event["type"] == "response.output_item.done")
