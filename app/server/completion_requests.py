@@ -55,11 +55,6 @@ class CompletionFields(GenerationFields):
     """Body of `POST /v1/completions`."""
 
     without_effect = WITHOUT_EFFECT
-    only_neutral = {"suffix": ("",)}
-    advice = {
-        "suffix": "no model is told of a gap yet, so leave it out and send the model's own tokens "
-        "for it in `prompt`"
-    }
 
     prompt: Annotated[
         list[Prompt],
@@ -75,6 +70,8 @@ class CompletionFields(GenerationFields):
             }
         ),
     ]
+    suffix: str | None = None
+    """What follows the gap that the answer fills; the engine refuses models that cannot."""
     logprobs: Alternatives | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -99,10 +96,13 @@ class CompletionFields(GenerationFields):
                 count=str(choices * len(self.prompt)),
                 most=str(MAX_CHOICES),
             )
-        if self.echo and not all(isinstance(one, str) for one in self.prompt):
-            raise refuse(
-                "unsupported_value", "{path} needs `prompt` to be text, not token ids", field="echo"
-            )
+        for field in ("echo", "suffix"):
+            if getattr(self, field) and not all(isinstance(one, str) for one in self.prompt):
+                raise refuse(
+                    "unsupported_value",
+                    "{path} needs `prompt` to be text, not token ids",
+                    field=field,
+                )
         if self.echo and self.logprobs is not None:
             raise refuse(
                 "unsupported_value",
@@ -124,6 +124,7 @@ class CompletionFields(GenerationFields):
         one = GenerationRequest(
             id=id,
             model=model,
+            suffix=self.suffix or "",
             sampling=self.sampling,
             max_tokens=self.max_tokens,
             min_tokens=self.min_tokens or 0,

@@ -114,7 +114,7 @@ class Backend:
 
     async def status(self) -> EngineStatus | None:
         """The engine's status; None where none runs or it does not say so at once."""
-        with contextlib.suppress(TimeoutError, GryphonError):
+        with contextlib.suppress(TimeoutError, ConnectionError, GryphonError):
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
                 return await self.engine.status()
         return None

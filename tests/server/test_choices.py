@@ -110,6 +110,13 @@ def test_chat_choices_streamed_through_the_client(client: openai.OpenAI) -> None
     assert [one.index for one in final.choices] == [0, 1, 2]
 
 
+def test_suffix(client: openai.OpenAI, engine: ScriptedEngine) -> None:
+    client.completions.create(model=SMOL.name, prompt=["a(", "b("], suffix=")")
+    client.completions.create(model=SMOL.name, prompt="a(", suffix="")
+    asked = [(request.prompt, request.suffix) for request in engine.requests]
+    assert sorted(asked) == [("a(", ""), ("a(", ")"), ("b(", ")")]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo(client: openai.OpenAI, stream: bool) -> None:
     asked: dict[str, Any] = {"model": SMOL.name, "prompt": ["One ", "Two "], "echo": True, "n": 2}
@@ -135,6 +142,7 @@ def test_echo(client: openai.OpenAI, stream: bool) -> None:
         (TEXT, {"best_of": 1, "n": 2}, "best_of", "should be 2"),
         (TEXT, {"echo": True, "logprobs": 1}, "echo", "prompt's own logprobs"),
         (TEXT, {"echo": True, "prompt": [1, 2]}, "echo", "not token ids"),
+        (TEXT, {"suffix": "}", "prompt": [1, 2]}, "suffix", "not token ids"),
         (CHAT, {"min_tokens": 5, "max_completion_tokens": 4}, "min_tokens", "should be 4"),
         (CHAT, {"logit_bias": {"a": 1}}, "logit_bias", 'keys, got "a"'),
         (CHAT, {"logit_bias": {"1": 101}}, "logit_bias", "-100 to 100, got 101"),

@@ -218,6 +218,12 @@ def test_what_the_engine_refuses_is_a_bad_request(
     assert said in caught.value.message
 
 
+def test_a_model_without_tokens_for_a_gap_says_which_can(tiny: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="No installed model can") as caught:
+        tiny.completions.create(model="tiny", prompt="a(", suffix=")")
+    assert caught.value.code == "no_infill"
+
+
 def test_the_room_in_memory_is_reported(tiny: openai.OpenAI) -> None:
     texts(tiny)
     (model,) = tiny.models.list().data
