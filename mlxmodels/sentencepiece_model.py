@@ -83,7 +83,9 @@ class SentencePieceModel:
 
         declared = declared_tokens(file.parent, settings)
         special = {*named.values(), *family.special, *_additional(settings)}
-        self._added = AddedTokens(self._added_tokens(declared, special))
+        added = self._added_tokens(declared, special)
+        self._added = AddedTokens(added)
+        self._not_special = AddedTokens({i: one for i, one in added.items() if not one.special})
         self.special_ids = self._added.special_ids()
         own = range(self._offset, self._offset + len(self._pieces))
         self.vocab_size = len(own) + sum(id not in own for id in self._added.ids.values())
@@ -99,8 +101,8 @@ class SentencePieceModel:
             first, last = self.eos_token, None
         self._before, self._after = self._ids_of(first), self._ids_of(last)
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        parts = self._added.split(text)
+    def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]:
+        parts = (self._added if parse_special else self._not_special).split(text)
         if self._prefixes_once and parts:
             if isinstance(parts[0], str):
                 parts[0] = _SPACE + parts[0]

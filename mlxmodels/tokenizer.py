@@ -34,7 +34,9 @@ class Backend(Protocol):
     vocab_size: int
     special_ids: frozenset[int]
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+    def encode(
+        self, text: str, add_special_tokens: bool, parse_special: bool = True
+    ) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -71,7 +73,8 @@ class TokenizerJson:
         except BaseException as error:  # bare Exception, and panics, which are not even that
             raise ModelError(f"{file} cannot be read: {error}. Download it again.") from error
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]:
+        self._tokenizer.encode_special_tokens = not parse_special
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -158,18 +161,27 @@ class Tokenizer:
             special_tokens=named,
         )
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Ids of a text; with special tokens, whatever the tokenizer puts around a sequence."""
+    def encode(self, text: str, add_special_tokens: bool, parse_special: bool = True) -> list[int]:
+        """Ids of a text.
+
+        Args:
+            add_special_tokens: Add whatever the tokenizer puts around a sequence.
+            parse_special: Where the text spells a special token, that is it; else text like any.
+        """
         try:
             text.encode()
         except UnicodeEncodeError:
             # Half a surrogate pair, as a JSON escape can smuggle in, is no text.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._backend.encode(text, add_special_tokens)
+        return self._backend.encode(text, add_special_tokens, parse_special)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens and ids outside the vocabulary leave none."""
         return self._backend.decode([id for id in ids if 0 <= id < _MAX_ID])
+
+    def token_id(self, token: str) -> int | None:
+        """The id of the vocabulary's own spelling of a token, None if it has none such."""
+        return self._backend.token_id(token)
 
     def token(self, id: int) -> str | None:
         """The vocabulary's own spelling of an id, None outside the vocabulary."""

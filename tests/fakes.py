@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
 from app.engine.protocol import (
     Accepted,
+    Detokenize,
+    Detokenized,
+    Embed,
+    Embedded,
     EngineStatus,
     Event,
     Failed,
@@ -18,9 +24,12 @@ from app.engine.protocol import (
     Progress,
     Timings,
     Token,
+    Tokenize,
+    Tokenized,
     TokenLogprob,
     Usage,
 )
+from app.errors import GryphonError
 
 
 class FakeEngine:
@@ -30,6 +39,9 @@ class FakeEngine:
     out as it is (its id filled in), an `asyncio.Event` is waited for. After the pieces the request
     finishes by itself unless a piece was terminal. Requests made are kept in `requests`,
     cancelled ids in `cancelled`.
+
+    A text has one token per byte, whose id is the byte. An input's vector is what its bytes count,
+    of length 1: as many numbers as `dimensions`. `refuses` is raised by the next that is no stream.
     """
 
     def __init__(self, answers: Sequence[Sequence[str | Event | asyncio.Event]] = ()) -> None:
@@ -38,6 +50,11 @@ class FakeEngine:
         self.cancelled: list[str] = []
         self.starts = 0
         self.crashes = 0
+        self.asked: list[Embed | Tokenize | Detokenize] = []
+        self.refuses: GryphonError | None = None
+        self.hold: asyncio.Event | None = None
+        """What a request for embeddings waits for."""
+        self.dimensions = 4
         self.prompt_tokens = 7
         self.context_length: int | None = 8192
         self.started = False
@@ -114,6 +131,39 @@ class FakeEngine:
         finally:
             if not terminal:
                 self.cancelled.append(request.id)
+
+    def _ask(self, command: Embed | Tokenize | Detokenize) -> None:
+        self.asked.append(command)
+        if self.refuses is not None:
+            raise self.refuses
+
+    async def embed(self, request: Embed) -> Embedded:
+        self._ask(request)
+        if self.hold is not None:
+            try:
+                await self.hold.wait()
+            except asyncio.CancelledError:
+                self.cancelled.append(request.id)
+                raise
+        inputs = request.tokens or [[*text.encode()] for text in request.texts or []]
+        vectors = array.array("f")
+        for tokens in inputs:
+            counts = [sum(id % self.dimensions == i for id in tokens) for i in range(4)]
+            length = math.hypot(*counts)
+            vectors.extend(count / length for count in counts[: self.dimensions])
+        lengths = [len(tokens) for tokens in inputs]
+        return Embedded(request.id, vectors.tobytes(), self.dimensions, lengths)
+
+    async def tokenize(self, command: Tokenize) -> Tokenized:
+        self._ask(command)
+        ids = [*(command.text or "").encode()]
+        return Tokenized(
+            command.id, ids, [bytes([id]) for id in ids] if command.with_pieces else None
+        )
+
+    async def detokenize(self, command: Detokenize) -> Detokenized:
+        self._ask(command)
+        return Detokenized(command.id, bytes(command.tokens).decode())
 
     async def load(self, model: ModelRef) -> AsyncIterator[Event]:
         yield Progress(id="load", phase="load", processed=1, total=1, detail=model.name)

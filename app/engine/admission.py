@@ -45,8 +45,9 @@ def admit(
         row.fail(error.code, error.message)
         return
     loaded, request = resident.loaded, row.generation
-    # A constraint is on the whole answer: none of it is anything but text.
-    exact = request.constraint is not None
+    # A constraint is on the whole answer, and a gap begins with its own space, if with any: none of
+    # either is anything but text.
+    exact = request.constraint is not None or request.fills_gap
     row.text = AnswerStream(
         loaded.tokenizer,
         request.stop,
@@ -59,7 +60,9 @@ def admit(
         request.sampling,
         resident.recommended,
         # A model may declare ends that it lacks.
-        eos_token_ids=[id for id in loaded.eos_token_ids if 0 <= id < resident.vocab_size],
+        eos_token_ids=[
+            id for id in loaded.eos_token_ids | row.ends if 0 <= id < resident.vocab_size
+        ],
         # As in text-generation-webui: a byte or sentencepiece prefix is no newline.
         newline_ids=loaded.tokenizer.encode("\n", add_special_tokens=False)[-1:],
         min_tokens=NEVER if request.ignore_eos else request.min_tokens,
@@ -79,11 +82,14 @@ def admit(
 
 
 def check_prompt(row: Row, resident: ResidentModel) -> None:
-    """Refuse a prompt that the model cannot read.
+    """Refuse a prompt that the model cannot read, or inputs that it cannot embed.
 
     Raises:
-        GryphonError: "context_length_exceeded", or "invalid_request".
+        GryphonError: "context_length_exceeded", "invalid_request"; as `Embedding.check`.
     """
+    if row.embedding is not None:
+        row.embedding.check(resident)
+        return
     name, limit = resident.ref.name, resident.loaded.context_length
     if limit is not None and len(row.prompt) >= limit:
         raise GryphonError(

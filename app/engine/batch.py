@@ -21,12 +21,14 @@ from app.engine.matcher import Matcher
 from app.engine.penalties import Penalties
 from app.engine.protocol import (
     DraftModel,
+    Embed,
     Event,
     Failed,
     Finished,
     FinishReason,
     GenerationRequest,
     LoadModel,
+    PromptLookup,
     Timings,
     ToolCall,
     Usage,
@@ -41,6 +43,7 @@ from app.engine.sampling import (
 )
 
 if TYPE_CHECKING:
+    from app.engine.embedding import Embedding
     from app.engine.speculation import Lane
 
 Emit = Callable[[Event], None]
@@ -55,7 +58,7 @@ _NO_CALL = (
 class Row:
     """One request on its way through the engine."""
 
-    request: GenerationRequest | LoadModel
+    request: GenerationRequest | Embed | LoadModel
     emit: Emit
     """Sends an event to whoever asked; called on the MLX thread."""
     prompt: list[int] = field(default_factory=list)
@@ -68,6 +71,10 @@ class Row:
     """Where its answer is in the constraint it was given, or in the call it must make."""
     connection: str = ""
     """Over which it came."""
+    embedding: Embedding | None = None
+    """What it is to embed; the longest of that is its prompt then."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end its answer besides the model's own ends."""
     done: bool = False
     announced_wait: bool = False
     is_forgotten: bool = False
@@ -115,16 +122,24 @@ class Row:
     @property
     def client(self) -> str:
         """For whom it takes its turn."""
-        named = self.request.client if isinstance(self.request, GenerationRequest) else ""
+        named = "" if isinstance(self.request, LoadModel) else self.request.client
         return named or self.connection
 
     @property
     def uses_draft(self) -> bool:
         """Whether it asks for a draft model."""
-        return isinstance(self.generation.speculation, DraftModel)
+        return isinstance(self.speculation, DraftModel)
+
+    @property
+    def speculation(self) -> PromptLookup | DraftModel | None:
+        """How its next tokens are to be guessed."""
+        is_generation = isinstance(self.request, GenerationRequest)
+        return self.generation.speculation if is_generation else None
 
     @property
     def usage(self) -> Usage:
+        if self.embedding is not None:
+            return Usage(self.embedding.total, 0, 0)
         return Usage(len(self.prompt), self.generated, self.cached, self.drafted, self.accepted)
 
     @property

@@ -91,8 +91,13 @@ class ChatPrompts:
         messages: Sequence[Message],
         tools: Sequence[Tool] = (),
         options: Mapping[str, Any] | None = None,
+        *,
+        opens_turn: bool = True,
     ) -> ChatPrompt:
         """The prompt of a conversation.
+
+        Args:
+            opens_turn: Whether the assistant's turn is open at its end.
 
         Raises:
             GryphonError: "template_error", when a template is broken or refuses the conversation;
@@ -119,7 +124,9 @@ class ChatPrompts:
                 "The model's chat template has no tools: it cannot be told of the tool calls in "
                 "messages. Leave them out, or choose a model that is made for tools."
             )
-        text, notice = self._rendered(template, messages, tools, options, shape)
+        text, notice = self._rendered(
+            template, messages, tools, options, shape, opens_turn=opens_turn
+        )
         calls = shape.calls or "" if shape is not None and tools else ""
         return ChatPrompt(text, _format(template, text, calls), notice)
 
@@ -186,6 +193,8 @@ class ChatPrompts:
         tools: Sequence[Tool],
         options: Mapping[str, Any],
         shape: _Shape | None,
+        *,
+        opens_turn: bool,
     ) -> tuple[str, str]:
         """The text, in the first arrangement of the messages that the template accepts, and what
         was arranged."""
@@ -196,7 +205,9 @@ class ChatPrompts:
             keeps_system = self._learned("system", template, options)
         for arranged, notice in _arrangements(messages, keeps_system):
             try:
-                return template.render(_spelled(arranged, shape), described, options), notice
+                spelled = _spelled(arranged, shape)
+                text = template.render(spelled, described, options, opens_turn=opens_turn)
+                return text, notice
             except GryphonError as error:
                 first_error = first_error or error
         assert first_error is not None

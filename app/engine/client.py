@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import itertools
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
 
 import msgspec
 
 import app
 from app import paths
+from app.engine.engine_process import EngineProcess
 from app.engine.prefix_files import forget_without_engine
 from app.engine.protocol import (
     MAX_REQUEST_ID,
@@ -27,7 +22,11 @@ from app.engine.protocol import (
     Accepted,
     Cancel,
     Command,
+    Detokenize,
+    Detokenized,
     DraftModel,
+    Embed,
+    Embedded,
     EngineStatus,
     Event,
     Failed,
@@ -39,22 +38,20 @@ from app.engine.protocol import (
     ModelRef,
     Progress,
     Timings,
+    Tokenize,
+    Tokenized,
     Usage,
     Welcome,
     encode_frame,
     read_event,
 )
 from app.errors import GryphonError
-from app.settings import child_environment
 
 _START_TIMEOUT_S = 30.0
 # What the engine answers without computing takes it milliseconds.
 _ANSWER_TIMEOUT_S = 5.0
 # An engine that lived this long did not die of how it was started.
 _STABLE_S = 60.0
-_MAX_LOG_BYTES = 1_000_000
-# An engine that nobody else uses is gone in milliseconds.
-_END_TIMEOUT_S = 1.0
 
 
 @dataclass
@@ -87,94 +84,6 @@ class Backoff:
         return max(0.0, self._not_before_s - time.monotonic())
 
 
-class EngineProcess:
-    """The engine this process owns: child, lock and the pipe that keeps the child alive.
-
-    The child inherits the locked file. So the lock is held while either lives: when the owner goes
-    first, the engine serves whoever is still attached, and only then another may be started.
-    """
-
-    def __init__(self, lock: BinaryIO) -> None:
-        self._lock = lock
-        self._process: subprocess.Popen[bytes] | None = None
-        self._alive_fd = -1
-
-    @classmethod
-    def try_own(cls) -> EngineProcess | None:
-        """Take the instance lock, or return None while another gryphon holds it."""
-        lock = paths.open_private(paths.engine_lock())
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return None
-        return cls(lock)
-
-    @property
-    def has_died(self) -> bool:
-        """Whether the child has ended, and `crashed` has not been told of it."""
-        return self._process is not None and self._process.poll() is not None
-
-    def spawn(self) -> None:
-        """Start the child."""
-        socket_path = paths.engine_socket()
-        socket_path.unlink(missing_ok=True)
-        read_fd, self._alive_fd = os.pipe()
-        log_path = paths.engine_log()
-        if log_path.exists() and log_path.stat().st_size > _MAX_LOG_BYTES:
-            log_path.rename(log_path.with_suffix(".log.old"))
-        log = paths.open_private(log_path)
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "app.engine.worker"]
-                + ["--socket", str(socket_path), "--alive-fd", str(read_fd)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[read_fd, self._lock.fileno()],
-                start_new_session=True,  # Ctrl-C in a terminal is for the face, not for the engine
-                env=child_environment(),
-            )
-        finally:
-            log.close()
-            os.close(read_fd)
-
-    def crashed(self) -> str:
-        """Collect a child that ended unexpectedly, and what it left running; how it ended.
-
-        Lets go of the lock too: whoever needs an engine first starts the next one. The owner of
-        this one may be a chat that nobody types in.
-        """
-        assert self._process is not None
-        self._release()
-        try:
-            status = self._process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            self._process.kill()  # it closed the connection and is of no use any more
-            status = self._process.wait()
-        # It led a group of its own. A child of it may be in the middle of a template that loops.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._lock.close()
-        return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-
-    def end(self) -> None:
-        """Let go of the child, which ends as soon as nobody is attached to it, and of the lock."""
-        self._release()
-        self._lock.close()
-        if self._process is not None:
-            try:
-                self._process.wait(timeout=_END_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                # Others use it: it is not ours to wait for, nor to be warned about at exit.
-                self._process.returncode = 0
-
-    def _release(self) -> None:
-        if self._alive_fd >= 0:
-            os.close(self._alive_fd)
-            self._alive_fd = -1
-
-
 def _unresponsive() -> GryphonError:
     return GryphonError(
         "engine_unresponsive",
@@ -197,7 +106,13 @@ Loads = tuple[ModelRef, ModelRef | None]
 """What a request has loaded: its model, and the one that drafts for it."""
 
 
-def _loads_of(command: GenerationRequest | LoadModel) -> Loads:
+_Request = GenerationRequest | Embed | LoadModel | Tokenize | Detokenize
+_ENDS = (Finished, Failed, Tokenized, Detokenized)
+
+
+def _loads_of(command: _Request) -> Loads | None:
+    if isinstance(command, (Tokenize, Detokenize)):
+        return None
     speculation = command.speculation if isinstance(command, GenerationRequest) else None
     drafting = speculation.model if isinstance(speculation, DraftModel) else None
     return command.model, drafting
@@ -351,6 +266,53 @@ class EngineClient:
         """Make a model resident: Progress*, then Finished or Failed."""
         return self._run(LoadModel(f"load-{next(self._ids)}", model))
 
+    async def embed(self, request: Embed) -> Embedded:
+        """The vectors of some texts. Cancelling this cancels the request in the engine.
+
+        Raises:
+            GryphonError: what ends in `Failed` otherwise, "cancelled".
+        """
+        answer = await self._answer(request)
+        assert isinstance(answer, Embedded)
+        return answer
+
+    async def tokenize(self, command: Tokenize) -> Tokenized:
+        """The token ids of a text or of a conversation; the model's weights are not loaded.
+
+        Raises:
+            GryphonError: as `embed`.
+        """
+        answer = await self._answer(command)
+        assert isinstance(answer, Tokenized)
+        return answer
+
+    async def detokenize(self, command: Detokenize) -> Detokenized:
+        """The text of token ids; the model's weights are not loaded.
+
+        Raises:
+            GryphonError: as `embed`.
+        """
+        answer = await self._answer(command)
+        assert isinstance(answer, Detokenized)
+        return answer
+
+    async def _answer(self, command: Embed | Tokenize | Detokenize) -> Event:
+        """The event that a command is for.
+
+        Raises:
+            GryphonError: it ended without.
+        """
+        answer: Event | None = None
+        async with contextlib.aclosing(self._run(command)) as events:
+            async for event in events:
+                if isinstance(event, Failed):
+                    raise GryphonError(event.code, event.message, retry_after=event.retry_after)
+                if isinstance(event, (Embedded, Tokenized, Detokenized)):
+                    answer = event
+        if answer is None:
+            raise GryphonError("cancelled", "The request was cancelled; try again.")
+        return answer
+
     async def status(self) -> EngineStatus | None:
         """Current status, or None when no engine runs (it is not started for this).
 
@@ -389,7 +351,7 @@ class EngineClient:
         finally:
             del self._streams[command.id]
 
-    async def _run(self, command: GenerationRequest | LoadModel) -> AsyncIterator[Event]:
+    async def _run(self, command: _Request) -> AsyncGenerator[Event, None]:
         message = ""
         if command.id in self._streams or command.id in self._unsent:
             message = f"A request with id {command.id!r} is running already."
@@ -401,7 +363,8 @@ class EngineClient:
         loads = _loads_of(command)
         try:
             frame = encode_frame(command)
-            self._check_loads(loads)
+            if loads is not None:
+                self._check_loads(loads)
             # Again if the engine died at once: what ended the streams there did not know of this.
             while self._writer is None:
                 if await self._started(command.id):
@@ -417,7 +380,7 @@ class EngineClient:
             self._write(frame)
             while not ended:
                 event = await events.get()
-                ended = isinstance(event, (Finished, Failed))
+                ended = isinstance(event, _ENDS)
                 yield event
         finally:
             del self._streams[command.id]
@@ -520,6 +483,8 @@ class EngineClient:
         if self._loading is not None and self._loading[0] == request_id:
             self._loading = None
         is_loaded = isinstance(event, Accepted)
+        if isinstance(event, Embedded):
+            self._deaths.succeeded()
         if isinstance(event, Finished) and event.reason != "cancelled":
             is_loaded = True
             if event.usage.completion_tokens:

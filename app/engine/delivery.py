@@ -25,7 +25,8 @@ def deliver(row: Row, token_id: int, launch: Launch, index: int, model: LoadedMo
         )
         return
     row.answer.append(token_id)
-    if token_id in model.eos_token_ids and (row.matcher is None or row.matcher.may_end):
+    is_end = token_id in model.eos_token_ids or token_id in row.ends
+    if is_end and (row.matcher is None or row.matcher.may_end):
         row.finish("stop", row.text.finish())
         return
     if row.matcher is not None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from app.engine.protocol import (
     Accepted,
     Counters,
+    Embed,
     Event,
     Failed,
     Finished,
@@ -116,7 +117,7 @@ class Ledger:
         self._between_tokens_s = _Tally(_TOKEN_SECONDS)
         self._request_s = _Tally(_SECONDS)
 
-    def began(self, connection: str, request: GenerationRequest | LoadModel) -> None:
+    def began(self, connection: str, request: GenerationRequest | Embed | LoadModel) -> None:
         """A request has arrived, with an id that none of the connection has."""
         is_load = isinstance(request, LoadModel)
         client = "" if isinstance(request, LoadModel) else request.client

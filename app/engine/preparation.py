@@ -1,4 +1,4 @@
-"""Prompts become token ids here, in a small process of their own, under a time limit.
+"""Text and token ids become each other here, in a small process of their own, under a time limit.
 
 Rendering runs code that came with a model, and a megabyte of text takes seconds to tokenize:
 neither may hold the MLX thread's interpreter lock or hang the engine. The process arms an alarm
@@ -10,60 +10,32 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
+import itertools
 import json
 import resource
 import signal
 import struct
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from app.engine.answer_parts import PLAIN, AnswerFormat
-from app.engine.constraint import Constraint
 from app.engine.conversation import Message, Tool, ToolCallPart
+from app.engine.preparation_work import Prepared, Texts, Work
+from app.engine.preparation_work import Prompt as Prompt
+from app.engine.preparation_work import TokenizedPrompt as TokenizedPrompt
+from app.engine.requests import Infill
 from app.errors import GryphonError, readable
 from app.settings import child_environment
 
+if TYPE_CHECKING:
+    from app.engine.chat_prompt import ChatPrompts
+
 # A template can multiply strings; beyond this the process fails alone.
 _ADDRESS_SPACE_BYTES = 8 * 1024**3
-
-
-class Prompt(msgspec.Struct, frozen=True):
-    """What to prepare: exactly one of `messages` and `text`."""
-
-    model_path: str
-    messages: list[Message] | None = None
-    text: str | None = None
-    tools: list[Tool] = []
-    template_options: dict[str, Any] = {}
-    tool_choice: str = "auto"
-
-
-class TokenizedPrompt(NamedTuple):
-    """Token ids, and lengths of prefixes of them that other prompts are likely to begin with; how
-    the answer will be marked, what a person should know of the prompt, and what holds the answer to
-    its tool_choice."""
-
-    tokens: list[int]
-    boundaries: list[int]
-    format: AnswerFormat = PLAIN
-    notice: str = ""
-    call: Constraint | None = None
-
-
-class Prepared(msgspec.Struct, frozen=True):
-    """The answer: token ids as little-endian int32 bytes, or an error's code and message."""
-
-    tokens: bytes = b""
-    boundaries: list[int] = []
-    format: AnswerFormat = PLAIN
-    notice: str = ""
-    call: Constraint | None = None
-    error: tuple[str, str] | None = None
 
 
 class Preparer:
@@ -78,12 +50,20 @@ class Preparer:
         """Token ids of a prompt, at least one.
 
         Raises:
-            GryphonError: "template_error", "invalid_model", "prompt_too_slow" (the limit passed),
-                "invalid_request" (no token came out).
+            GryphonError: as `answer`, "invalid_request" (no token came out).
+        """
+        return (await self.answer(prompt)).prompt
+
+    async def answer(self, work: Work) -> Prepared:
+        """What becomes of a piece of work.
+
+        Raises:
+            GryphonError: "template_error", "invalid_model", "no_infill", "prompt_too_slow" (the
+                limit passed), "prompt_failed".
         """
         async with self._one_at_a_time:
             try:
-                answer = await self._ask(prompt)
+                answer = await self._ask(work)
             except (asyncio.IncompleteReadError, ConnectionError) as error:
                 code = await self._end()
                 if code == -signal.SIGALRM:
@@ -102,15 +82,12 @@ class Preparer:
                 raise
         if answer.error is not None:
             raise GryphonError(*answer.error)
-        tokens = array.array("i", answer.tokens).tolist()
-        if not tokens:
-            raise GryphonError("invalid_request", "The prompt is empty: it holds no token.")
-        return TokenizedPrompt(tokens, answer.boundaries, answer.format, answer.notice, answer.call)
+        return answer
 
     async def close(self) -> None:
         await self._end()
 
-    async def _ask(self, prompt: Prompt) -> Prepared:
+    async def _ask(self, work: Work) -> Prepared:
         if self._process is None:
             self._process = await asyncio.create_subprocess_exec(
                 *[sys.executable, "-P", "-m", "app.engine.preparation", str(self._time_limit_s)],
@@ -123,7 +100,7 @@ class Preparer:
             )
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
-        body = msgspec.msgpack.encode(prompt)
+        body = msgspec.msgpack.encode(work)
         stdin.write(struct.pack(">I", len(body)) + body)
         await stdin.drain()
         (size,) = struct.unpack(">I", await stdout.readexactly(4))
@@ -138,7 +115,8 @@ class Preparer:
             try:
                 await asyncio.wait_for(process.wait(), timeout=0.5)
             except TimeoutError:
-                process.kill()
+                with contextlib.suppress(ProcessLookupError):  # it ended just now
+                    process.kill()
         return await process.wait()
 
 
@@ -149,34 +127,71 @@ class _Prompts:
         self._time_limit_s = time_limit_s
         self._path: str | None = None
 
+    def done(self, work: Work) -> Prepared:
+        """What becomes of a piece of work."""
+        if isinstance(work, Prompt):
+            made = self.tokenized(work)
+            return Prepared(_packed(made.tokens), *made[1:])
+        self._open(work.model_path)
+        if isinstance(work, Texts):
+            encode, flags = self._tokenizer.encode, (work.add_special, work.parse_special)
+            each = [encode(text, *flags) for text in work.texts]
+            return Prepared(_packed(itertools.chain(*each)), lengths=[len(ids) for ids in each])
+        if work.wanted == "pieces":
+            return Prepared(pieces=[self._tokenizer.token_bytes(id) for id in work.tokens])
+        if work.wanted == "spelled":
+            return Prepared(text=self._spelled(work.tokens))
+        return Prepared(text=self._tokenizer.decode(work.tokens))
+
+    def _spelled(self, ids: Sequence[int]) -> str:
+        tokenizer, text = self._tokenizer, ""
+        for is_special, run in itertools.groupby(ids, tokenizer.special_ids.__contains__):
+            if is_special:
+                text += "".join(tokenizer.token(id) or "" for id in run)
+            else:
+                text += tokenizer.decode(run)
+        return text
+
+    def _open(self, path: str) -> None:
+        from app.engine.template import PromptEncoder
+        from mlxmodels.tokenizer import Tokenizer
+
+        if path == self._path:
+            return
+        tokenizer = Tokenizer.from_directory(path)
+        self._encoder = PromptEncoder(tokenizer)  # which may fail: nothing of it is kept then
+        self._tokenizer = tokenizer
+        self._chats: ChatPrompts | None = None
+        self._path = path
+
     def tokenized(self, prompt: Prompt) -> TokenizedPrompt:
+        """Token ids of a prompt, and what else is known of it."""
         from app.engine.call_grammar import call_grammar
         from app.engine.chat_prompt import ChatPrompts
-        from app.engine.template import PromptEncoder
-        from mlxmodels.tokenizer import Tokenizer, read_chat_templates
+        from app.engine.infill_prompt import infill_prompt
+        from mlxmodels.tokenizer import read_chat_templates
 
-        directory = Path(prompt.model_path)
-        if prompt.model_path != self._path:
-            tokenizer = Tokenizer.from_directory(directory)
-            self._encoder = PromptEncoder(tokenizer)  # which may fail: nothing of it is kept then
-            self._tokenizer = tokenizer
-            self._chats: ChatPrompts | None = None
-            self._path = prompt.model_path
+        self._open(prompt.model_path)
         if prompt.messages is None:
             assert prompt.text is not None
+            if prompt.suffix or prompt.infill is not None:
+                parts = prompt.text, prompt.suffix, prompt.infill or Infill()
+                gap = infill_prompt(self._tokenizer, self._encoder.prefix, *parts)
+                return TokenizedPrompt(gap.tokens, gap.boundaries, ends=gap.ends)
             return TokenizedPrompt(self._encoder.encode(prompt.text), [])
         if self._chats is None:  # only now: a broken one must not spoil plain completions
-            sources = read_chat_templates(directory)
+            sources = read_chat_templates(prompt.model_path)
             self._chats = ChatPrompts(sources, self._tokenizer.special_tokens)
         started = time.monotonic()
-        chat = self._chats.prompt(prompt.messages, prompt.tools, prompt.template_options)
+        arguments = prompt.messages, prompt.tools, prompt.template_options
+        chat = self._chats.prompt(*arguments, opens_turn=prompt.opens_turn)
         call = None
         if prompt.tool_choice not in ("auto", "none"):
             call = call_grammar(chat.format, prompt.tools, prompt.tool_choice, self._tokenizer)
         tokens = self._encoder.encode(chat.text)
         boundaries: set[int] = set()
         # Boundaries take about that long again for each: they must not be what exceeds the limit.
-        if time.monotonic() - started <= self._time_limit_s / 8:
+        if prompt.is_prefix and time.monotonic() - started <= self._time_limit_s / 8:
             others = _likely_conversations(prompt.messages, prompt.tools)
             boundaries = {self._boundary(chat.text, tokens, other, prompt) for other in others}
         return TokenizedPrompt(tokens, sorted(boundaries - {0}), chat.format, chat.notice, call)
@@ -221,6 +236,10 @@ def _likely_conversations(
     return others
 
 
+def _packed(ids: Iterable[int]) -> bytes:
+    return array.array("i", ids).tobytes()
+
+
 def _failed(code: str, message: str) -> Prepared:
     return Prepared(error=(code, readable(message)))
 
@@ -230,11 +249,10 @@ def _serve(requests: BinaryIO, answers: BinaryIO, time_limit_s: float) -> None:
 
     prompts = _Prompts(time_limit_s)
     while len(head := requests.read(4)) == 4:
-        prompt = msgspec.msgpack.decode(requests.read(struct.unpack(">I", head)[0]), type=Prompt)
+        work = msgspec.msgpack.decode(requests.read(struct.unpack(">I", head)[0]), type=Work)
         signal.setitimer(signal.ITIMER_REAL, time_limit_s)
         try:
-            made = prompts.tokenized(prompt)
-            answer = Prepared(array.array("i", made.tokens).tobytes(), *made[1:])
+            answer = prompts.done(work)
         except GryphonError as error:
             answer = _failed(error.code, error.message)
         except ModelError as error:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from app.engine.preparation import Preparer, Prompt, TokenizedPrompt
+from app.engine.preparation import Preparer
+from app.engine.preparation_work import Prepared, Prompt, TokenizedPrompt, Work
 from app.engine.turns import Turns
 from app.engine.waiting import check_room
 
@@ -86,9 +87,17 @@ class PreparationPool:
         Raises:
             GryphonError: "queue_full", or what `Preparer.prepare` raises.
         """
+        return (await self.answer(prompt, client)).prompt
+
+    async def answer(self, work: Work, client: str = "") -> Prepared:
+        """What becomes of a piece of work.
+
+        Raises:
+            GryphonError: "queue_full", or what `Preparer.answer` raises.
+        """
         check_room(client, [job.client for job in self._waiting], "waiting to be prepared")
-        is_small = len(msgspec.msgpack.encode(prompt)) <= _SMALL_BYTES
-        job = _Job(client, prompt.model_path, is_small)
+        is_small = len(msgspec.msgpack.encode(work)) <= _SMALL_BYTES
+        job = _Job(client, work.model_path, is_small)
         self._waiting.append(job)
         self._assign()
         try:
@@ -100,7 +109,7 @@ class PreparationPool:
                 self._free(job.process.result())
             raise
         try:
-            return await process.preparer.prepare(prompt)
+            return await process.preparer.answer(work)
         finally:
             self._free(process)
 

@@ -19,6 +19,7 @@ from app.engine.sampling import recommended_sampling
 from app.errors import GryphonError
 from mlxmodels.adapters import with_adapter
 from mlxmodels.footprint import Footprint
+from mlxmodels.hidden_states import HiddenStates
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,21 @@ class ResidentModel:
     def can_batch(self) -> bool:
         """Whether its layer states can be merged; a few of mlx-lm's cannot."""
         return all(hasattr(cache, "merge") for cache in self.loaded.make_cache())
+
+    @functools.cached_property
+    def hidden_states(self) -> HiddenStates:
+        """What its embeddings are made of.
+
+        Raises:
+            GryphonError: "no_embeddings", naming the model.
+        """
+        try:
+            return HiddenStates(self.loaded)
+        except mlxmodels.ModelError as error:
+            raise GryphonError(
+                "no_embeddings",
+                f"{self.ref.name} cannot make embeddings: {error}. Choose another model.",
+            ) from error
 
     @property
     def vocab_size(self) -> int:
@@ -87,6 +103,7 @@ def load_resident(
         loaded = mlxmodels.load(ref.path, dtype=plan.dtype)
         if ref.adapter:
             loaded = with_adapter(loaded, ref.adapter)
+        loaded.make_cache()  # a model without states is refused now, by name
         recommended = recommended_sampling(_generation_config(Path(ref.path)))
         footprint = plan.footprint
         if mlxmodels.supported(loaded.family) != "native":

@@ -193,6 +193,8 @@ class Room:
         return needed
 
     def _tokens(self, row: Row, answer: int) -> int:
+        if row.embedding is not None:
+            return len(row.embedding.longest)
         asked = row.max_tokens or row.generation.max_tokens or answer
         tokens = max(len(row.prompt) + min(asked, answer), _read(row) + 1)
         return tokens if self.context is None else min(tokens, self.context)

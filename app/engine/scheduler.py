@@ -15,7 +15,7 @@ MLX returns from a launch when the step is nearly done, and each token would com
 the next step is put together while the one before it ends, which is read before it is launched.
 
 A row that speculates decodes in a lane of its own (`app.engine.speculation`); one lane runs after
-each step of the batch.
+each step of the batch. What is to be embedded (`app.engine.embedding`) takes turns with prefill.
 
 States are kept for other requests (`app.engine.prefix_cache`): where the row ends, whatever ended
 it, and if they cannot be trimmed also where the prompt's messages begin and end and before its last
@@ -38,18 +38,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from app.engine import memory
-from app.engine.admission import PREFILL_CHUNK, admit, check_prompt
+from app.engine import draft_memory, memory
+from app.engine.admission import PREFILL_CHUNK, admit, check_prompt, least_of
 from app.engine.answer import NOTHING
 from app.engine.batch import Batch, Launch, Row
 from app.engine.constrained import allowed_tokens
 from app.engine.delivery import deliver
-from app.engine.ledger import line
+from app.engine.embedding import Embeddings
 from app.engine.prefix_cache import PrefixCache
 from app.engine.prefix_files import PrefixFiles, not_forgotten
 from app.engine.preparation import shared_length
 from app.engine.protocol import (
-    GenerationRequest,
     LoadModel,
     ModelRef,
     Progress,
@@ -103,6 +102,8 @@ class Scheduler:
         self._prefilling: Row | None = None
         self._batch = Batch()
         self._lanes = Lanes()
+        self._embeddings = Embeddings()
+        self._embedded_last = False
         self._in_flight: Launch | None = None
         self._reads_first = not memory.on_gpu() if reads_first is None else reads_first
         self._residency = Residency(prefix_cache_bytes, prefix_files, memory_bytes, keep_alive_s)
@@ -158,7 +159,7 @@ class Scheduler:
             else:
                 self._rest()
             self._admit()
-            self._prefill()
+            self._read()
             if self._batch.rows or self._in_flight is not None:
                 self._guarded(self._decode, [*self._batch.rows, *self._in_flight_rows])
             if self._lanes:
@@ -184,13 +185,14 @@ class Scheduler:
 
     @property
     def _active(self) -> int:
-        """Rows being prefilled or decoded."""
-        return len(self._batch.rows) + len(self._lanes) + (self._prefilling is not None)
+        """Rows being prefilled, decoded or embedded."""
+        reading = len(self._embeddings) + (self._prefilling is not None)
+        return len(self._batch.rows) + len(self._lanes) + reading
 
     @property
     def _running(self) -> list[Row]:
-        """Rows being prefilled or decoded, in the order in which they began."""
-        rows = [*self._batch.rows, *self._lanes.rows]
+        """Rows being prefilled, decoded or embedded, in the order in which they began."""
+        rows = [*self._batch.rows, *self._lanes.rows, *self._embeddings.rows]
         if self._prefilling is not None:
             rows.append(self._prefilling)
         return sorted(rows, key=lambda row: row.admitted_s)
@@ -258,6 +260,7 @@ class Scheduler:
             if any(row in rows for row in self._in_flight_rows):
                 self._in_flight = None
             self._lanes.leave()
+            self._embeddings.leave()
 
     # Arrival and departure.
 
@@ -269,11 +272,7 @@ class Scheduler:
         if self._resident is not None and self._holds_state:
             others.append(self._resident.ref)
         in_use = next((model for model in others if model != request.model), None)
-        if (
-            isinstance(request, GenerationRequest)
-            and not request.wait_for_model
-            and in_use is not None
-        ):
+        if not isinstance(request, LoadModel) and not request.wait_for_model and in_use is not None:
             row.fail(
                 "model_busy",
                 f"{in_use.name} is in use, so {request.model.name} cannot be loaded now. "
@@ -296,6 +295,7 @@ class Scheduler:
             self._stop_prefill()
         self._drop(lambda row: row.done)
         self._close_lanes()
+        self._embeddings.leave()
 
     def _drop(self, ended: Callable[[Row], bool]) -> None:
         """Remove rows from the batch; what they have read and written may be continued."""
@@ -342,7 +342,11 @@ class Scheduler:
             if self._holds_state:
                 self._announce_wait(row)
             else:
-                self._guarded(functools.partial(self._load_draft, row, draft), [row])
+                progress = self._load_progress(row, draft)
+                load = functools.partial(
+                    draft_memory.load_draft, self._lanes, self._residency, row, draft, progress
+                )
+                self._guarded(load, [row])
                 if row.done:
                     self._queue.admit(row)  # others waited for it: that was its client's turn
         elif self._active < (MAX_ROWS if self._resident and self._resident.can_batch else 1):
@@ -358,21 +362,12 @@ class Scheduler:
         try:
             if not row.waits_for_memory_s:
                 check_prompt(row, self._resident)
-            if self._fits(row):
+            if draft_memory.admits(self._lanes, self._room, row, self._running):
                 return True
             self._room.wait(row)
         except GryphonError as error:
             row.fail(error.code, error.message, error.retry_after)
         return False
-
-    def _fits(self, row: Row) -> bool:
-        """As `Room.admits`; a draft model that nobody uses gives way to a row."""
-        assert self._room is not None
-        with contextlib.suppress(GryphonError):
-            if self._room.admits(row, self._running):
-                return True
-        self._give_up_draft([*self._running, row])
-        return self._room.admits(row, self._running)
 
     def _announce_wait(self, row: Row) -> None:
         if not row.announced_wait and self._resident is not None:
@@ -404,32 +399,6 @@ class Scheduler:
         self._lanes = Lanes()
         self._residency.unload()
 
-    def _load_draft(self, row: Row, ref: ModelRef) -> None:
-        """Make the draft model of `row` resident too; the row begins once there is room for both,
-        or fails."""
-        assert self._resident is not None and self._room is not None
-        self._room.hold_draft(None)
-        try:
-            progress = self._load_progress(row, ref)
-            budget, make_way = self._residency.budget, self._room.make_way
-            self._lanes.load_draft(ref, self._resident, budget, make_way, progress)
-        except GryphonError as error:
-            memory.release()
-            row.fail(error.code, error.message, error.retry_after)
-        finally:
-            self._room.hold_draft(self._lanes.draft)  # the one before, if it was not even tried
-
-    def _give_up_draft(self, rows: list[Row]) -> bool:
-        """Let go of a draft model that none of these rows uses; whether there was one."""
-        assert self._room is not None
-        if self._lanes.draft is None or any(row.uses_draft for row in rows):
-            return False
-        logger.info(line("draft unloaded", model=self._lanes.draft.ref.name))
-        self._lanes.draft = None
-        self._room.hold_draft(None)
-        memory.release()
-        return True
-
     def _load_progress(self, row: Row, ref: ModelRef) -> Callable[[int, int], None]:
         def progress(done: int, total: int) -> None:
             row.emit(Progress(row.request.id, "load", done, total, f"loading {ref.name}"))
@@ -438,9 +407,13 @@ class Scheduler:
         return progress
 
     def _begin(self, row: Row) -> None:
-        """Start a row's prefill."""
+        """Start a row's prefill, or to embed what it asks for."""
         assert self._resident is not None and self._room is not None
-        self._keep_alive.asked(row.generation.keep_alive_s)
+        self._keep_alive.asked(row.request.keep_alive_s)
+        if row.embedding is not None:
+            limit = least_of(self._resident.loaded.context_length, self._room.context)
+            self._embeddings.begin(row, limit)
+            return
         others_wait = bool(self._batch.rows or self._lanes)
         self._share(row)
         admit(row, self._resident, self._prefixes, self._room, others_wait=others_wait)
@@ -471,9 +444,33 @@ class Scheduler:
         if newest is self._prefilling:
             self._stop_prefill()
         self._lanes.leave()
+        self._embeddings.leave()
         self._batch.drop(lambda row: row.done)
 
-    # Prefill and decode.
+    # Prefill, embeddings and decode.
+
+    def _read(self) -> None:
+        """One chunk: of prompts, or of what is to be embedded; by turns."""
+        self._embedded_last = bool(self._embeddings) and not (
+            self._embedded_last and self._prefilling is not None
+        )
+        if self._embedded_last:
+            self._guarded(self._embed, [self._embeddings.next()])
+        else:
+            self._prefill()
+
+    def _embed(self) -> None:
+        assert self._resident is not None and self._room is not None
+        if size := self._room.step(self._running):
+            self._embeddings.step(self._resident, size)
+        else:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Let go of a draft model that nobody uses, else end a row."""
+        assert self._room is not None
+        if not draft_memory.give_up_draft(self._lanes, self._room, self._running):
+            self._end_newest()
 
     def _stop_prefill(self) -> None:
         """The row that is prefilled has ended; its states are of no use to it any more."""
@@ -505,8 +502,7 @@ class Scheduler:
         total = len(row.prompt) - 1
         size = room = memory_room.step(self._running)
         if not size:
-            if not self._give_up_draft(self._running):
-                self._end_newest()
+            self._shrink()
             return
         while room and row.processed < total:
             stop = min(row.processed + room, total, *list(row.marks)[:1])
@@ -538,8 +534,7 @@ class Scheduler:
     def _make_room(self) -> None:
         """See to it that the rows that decode may feed another token each."""
         while self._room is not None and not self._room.can_grow(self._running):
-            if not self._give_up_draft(self._running):
-                self._end_newest()
+            self._shrink()
 
     def _decode(self) -> None:
         # A row whose last allowed token is already being computed feeds nothing more.
@@ -625,6 +620,9 @@ class Scheduler:
             self._residency,
             self._running,
             queued=len(self._queue),
-            state_bytes=self._batch.nbytes + self._lanes.state_bytes + states,
+            state_bytes=self._batch.nbytes
+            + self._lanes.state_bytes
+            + self._embeddings.state_bytes
+            + states,
             draft_bytes=self._lanes.weight_bytes,
         )

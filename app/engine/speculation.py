@@ -204,7 +204,7 @@ class Lanes:
 
     def missing_draft(self, row: Row) -> ModelRef | None:
         """The draft model that a row asks for and that is not in memory."""
-        speculation = row.generation.speculation
+        speculation = row.speculation
         if not isinstance(speculation, DraftModel):
             return None
         is_here = self.draft is not None and self.draft.ref == speculation.model

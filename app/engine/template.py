@@ -103,12 +103,15 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
+        *,
+        opens_turn: bool = True,
     ) -> str:
-        """The conversation as the model was trained to see it, open for the assistant's turn.
+        """The conversation as the model was trained to see it.
 
         Args:
             messages: In OpenAI's shape, as are `tools`.
             options: More variables.
+            opens_turn: Whether it is open for the assistant's turn.
 
         Raises:
             GryphonError: "template_error", when the template refuses the conversation (a role or an
@@ -122,7 +125,7 @@ class ChatTemplate:
                     "tools": tools,
                     "xml_tools": tools and [tool["function"] for tool in tools],  # SmolLM3's name
                     "documents": None,
-                    "add_generation_prompt": True,
+                    "add_generation_prompt": opens_turn,
                     **self._tokens,
                 }
             )
@@ -146,12 +149,13 @@ class PromptEncoder:
         plain = tokenizer.encode("a", add_special_tokens=False)
         full = tokenizer.encode("a", add_special_tokens=True)
         starts = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
-        self._prefix = full[: starts[0]] if starts else []
+        self.prefix = full[: starts[0]] if starts else []
+        """Ids that open a sequence."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, never empty for a tokenizer that has a prefix."""
         ids = self._tokenizer.encode(text, add_special_tokens=False)
-        size, start = len(self._prefix), 0
-        while size and ids[start : start + size] == self._prefix:
+        size, start = len(self.prefix), 0
+        while size and ids[start : start + size] == self.prefix:
             start += size
-        return [*self._prefix, *ids[start:]]
+        return [*self.prefix, *ids[start:]]

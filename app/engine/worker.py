@@ -20,7 +20,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
@@ -32,13 +32,15 @@ from app.engine.call_grammar import not_enforced
 from app.engine.ledger import Ledger
 from app.engine.matcher import Matcher, Matchers
 from app.engine.prefix_files import PrefixFiles
-from app.engine.preparation import Prompt, TokenizedPrompt
 from app.engine.preparation_pool import PreparationPool
+from app.engine.preparation_work import Prompt, TokenizedPrompt
 from app.engine.protocol import (
     MAX_REQUEST_ID,
     PROTOCOL_VERSION,
     Accepted,
     Cancel,
+    Detokenize,
+    Embed,
     EngineStatus,
     Event,
     Failed,
@@ -48,26 +50,33 @@ from app.engine.protocol import (
     GetStatus,
     LoadModel,
     Timings,
+    Tokenize,
     Usage,
     Welcome,
     check_chat,
+    check_embed,
     check_keep_alive,
     check_model,
     check_request,
     encode_frame,
     read_command,
 )
+from app.engine.token_answers import detokenized, embed_inputs, tokenized
 from app.errors import GryphonError, readable
 from app.settings import Settings
 
 if TYPE_CHECKING:
     from app.engine.batch import Row
+    from app.engine.embedding import Embedding
     from app.engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
 # Events a client has not read yet; beyond this it is not reading at all.
 _MAX_UNREAD_BYTES = 16 * 1024 * 1024
+# One event larger than this is an answer by itself; a client that reads takes its time over some.
+_LARGE_BYTES = 1024 * 1024
+_MAX_LARGE_BYTES = 128 * 1024 * 1024
 # What a restart finds again is saved when the engine is idle; this is for what came after that.
 _SAVE_S = 0.4
 _NO_PROMPT = TokenizedPrompt([], [])
@@ -92,7 +101,9 @@ class Connection:
         self.rows: dict[str, Row] = {}
         self.forgetting: set[str] = set()
         """Ids of chats' purges under way."""
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._large_bytes = 0
+        """Of large events since everything had been read."""
 
     def send(self, event: Event) -> None:
         """Queue an event of a request for the client."""
@@ -103,13 +114,17 @@ class Connection:
         """Queue an event; a client that does not read is disconnected."""
         if self._writer.is_closing():
             return
-        if self._writer.transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
+        unread = self._writer.transport.get_write_buffer_size()
+        self._large_bytes = self._large_bytes if unread else 0
+        if unread > _MAX_UNREAD_BYTES + min(self._large_bytes, _MAX_LARGE_BYTES):
             logger.warning("a client does not read its events; disconnecting it")
             self._writer.transport.abort()
             return
         if isinstance(event, Failed):
             event = msgspec.structs.replace(event, message=readable(event.message))
-        self._writer.write(encode_frame(event))
+        frame = encode_frame(event)
+        self._large_bytes += len(frame) if len(frame) > _LARGE_BYTES else 0
+        self._writer.write(frame)
 
     async def serve(self, reader: asyncio.StreamReader) -> None:
         """Handle commands until the client is gone, then cancel what it left running."""
@@ -129,6 +144,8 @@ class Connection:
                     self._write(Failed(command.id, "invalid_request", message))
                 elif isinstance(command, ForgetChat):
                     self._forget(command)
+                elif isinstance(command, (Tokenize, Detokenize)):
+                    self._answer(command)
                 else:
                     self._engine.ledger.began(self.name, command)
                     if isinstance(command, LoadModel):
@@ -147,13 +164,39 @@ class Connection:
     def _load(self, request: LoadModel) -> None:
         try:
             check_model(request.model)
-            check_keep_alive(request)
+            check_keep_alive(request.keep_alive_s)
         except GryphonError as error:
             self.send(Failed(request.id, error.code, error.message))
         else:
-            self._submit(request, _NO_PROMPT)
+            self._submit(self._row(request, _NO_PROMPT, time.monotonic()))
 
-    def _start(self, request: GenerationRequest) -> None:
+    def _answer(self, command: Tokenize | Detokenize) -> None:
+        """Answer a question of text and tokens; the scheduler never knows of it."""
+
+        async def answer() -> Event:
+            pool, client = self._engine.preparation, command.client or self.name
+            if isinstance(command, Tokenize):
+                return await tokenized(command, pool, client)
+            return await detokenized(command, pool, client)
+
+        def ended(task: asyncio.Task[Event]) -> None:
+            del self._tasks[command.id]
+            if task.cancelled():
+                event: Event = Failed(command.id, "cancelled", "It was cancelled; ask again.")
+            elif error := task.exception():
+                if not isinstance(error, GryphonError):
+                    logger.error("a question of tokens failed", exc_info=error)
+                    error = GryphonError("engine_error", f"The engine failed: {error}")
+                self._engine.ledger.refused(error.code)
+                event = Failed(command.id, error.code, error.message, error.retry_after)
+            else:
+                event = task.result()
+            self._write(event)
+
+        task = self._tasks[command.id] = asyncio.create_task(answer())
+        task.add_done_callback(ended)
+
+    def _start(self, request: GenerationRequest | Embed) -> None:
         def ended(task: asyncio.Task[None]) -> None:
             self._tasks.pop(request.id, None)
             if task.cancelled():  # before the scheduler knew of it, perhaps before its first step
@@ -163,29 +206,46 @@ class Connection:
         self._tasks[request.id] = task
         task.add_done_callback(ended)
 
-    async def _prepare(self, request: GenerationRequest) -> None:
+    async def _prepare(self, request: GenerationRequest | Embed) -> None:
         started = time.monotonic()
-        preparing = _Preparing(request.chat)
+        preparing = _Preparing(getattr(request, "chat", ""))
         self._engine.preparing.add(preparing)
+        embedding, matcher = None, None
         try:
-            check_request(request)
-            if request.prompt_tokens is not None:
-                tokenized = TokenizedPrompt(request.prompt_tokens, [])
+            if isinstance(request, Embed):
+                embedding = await self._embedding(request)
+                prompt = TokenizedPrompt(embedding.longest, [])
             else:
-                prompt = _prompt_of(request)
-                client = request.client or self.name
-                tokenized = await self._engine.preparation.prepare(prompt, client)
-            # Last: from here on it belongs to the row.
-            matcher = await self._matcher(request, tokenized)
+                prompt = await self._prompt(request)
+                # Last: from here on it belongs to the row.
+                matcher = await self._matcher(request, prompt)
         except GryphonError as error:
             self.send(Failed(request.id, error.code, error.message, error.retry_after))
         except Exception as error:
             logger.exception("preparing a request failed")
             self.send(Failed(request.id, "engine_error", f"The engine failed: {error}"))
         else:
-            self._submit(request, tokenized, started, matcher, preparing.is_forgotten)
+            row = self._row(request, prompt, started)
+            row.matcher, row.is_forgotten = matcher, preparing.is_forgotten
+            row.embedding = embedding
+            self._submit(row)
         finally:
             self._engine.preparing.discard(preparing)
+
+    async def _prompt(self, request: GenerationRequest) -> TokenizedPrompt:
+        check_request(request)
+        if request.prompt_tokens is not None:
+            return TokenizedPrompt(request.prompt_tokens, [])
+        client = request.client or self.name
+        return await self._engine.preparation.prepare(_prompt_of(request), client)
+
+    async def _embedding(self, request: Embed) -> Embedding:
+        from app.engine.embedding import Embedding
+
+        check_embed(request)
+        client = request.client or self.name
+        inputs = await embed_inputs(request, self._engine.preparation, client)
+        return Embedding(inputs, request.pooling)
 
     async def _matcher(self, request: GenerationRequest, prompt: TokenizedPrompt) -> Matcher | None:
         path, matchers = request.model.path, self._engine.matchers
@@ -199,27 +259,22 @@ class Connection:
             raise not_enforced(request.tool_choice, error) from error
 
     def _row(
-        self, request: GenerationRequest | LoadModel, prompt: TokenizedPrompt, started: float
+        self,
+        request: GenerationRequest | Embed | LoadModel,
+        prompt: TokenizedPrompt,
+        started: float,
     ) -> Row:
         from app.engine.batch import Row
 
         emit = functools.partial(self._engine.emit, self)
-        tokens, boundaries, format, notice, _ = prompt
+        tokens, boundaries, format, notice, _, ends = prompt
         row = Row(request, emit, tokens, boundaries, format, notice, connection=self.name)
-        row.submitted_s = started
+        row.submitted_s, row.ends = started, frozenset(ends)
         return row
 
-    def _submit(
-        self,
-        request: GenerationRequest | LoadModel,
-        prompt: TokenizedPrompt,
-        started: float | None = None,
-        matcher: Matcher | None = None,
-        is_forgotten: bool = False,
-    ) -> None:
+    def _submit(self, row: Row) -> None:
+        request = row.request
         last_used.mark(request.model.name)
-        row = self._row(request, prompt, started or time.monotonic())
-        row.matcher, row.is_forgotten = matcher, is_forgotten
         self.rows[request.id] = row
         self._engine.ledger.queued(self.name, request.id)
         self._engine.scheduler.submit(row)
@@ -257,6 +312,8 @@ def _prompt_of(request: GenerationRequest) -> Prompt:
         [] if request.tool_choice == "none" else request.tools,
         request.template_options,
         request.tool_choice,
+        request.suffix,
+        request.infill,
     )
 
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from app import __version__
 from app.errors import GryphonError
 from app.library import installed
-from app.server import metrics, openai, security
+from app.server import embeddings, llama_cpp, metrics, openai, responses, security
 from app.server.errors import ApiError, CatchFaults, ErrorResponse, JsonResponse, log_fault
 from app.server.generation import Backend, Engine, Models
 
@@ -73,7 +73,9 @@ def create_app(
         return JsonResponse({"status": "ok", "engine": state, "model": model})
 
     app.include_router(metrics.router(engine))
-    app.include_router(openai.router(Backend(engine, models, keep_alive_s)))
+    backend = Backend(engine, models, keep_alive_s)
+    for dialect in (openai, responses, embeddings, llama_cpp):
+        app.include_router(dialect.router(backend))
     return app
 
 

@@ -33,6 +33,8 @@ _STATUS = {
     "invalid_model": 400,
     "invalid_constraint": 400,
     "unsupported_constraint": 400,
+    "no_infill": 400,
+    "no_embeddings": 400,
     "does_not_fit": 400,
     "model_not_found": 404,
     "no_model_installed": 404,

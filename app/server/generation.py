@@ -8,6 +8,7 @@ does the waiting, the streaming and the cancelling.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -20,17 +21,26 @@ from starlette.types import Receive, Scope, Send
 from app.engine.protocol import (
     MAX_CLIENT_CHARACTERS,
     Accepted,
+    Detokenize,
+    Detokenized,
+    Embed,
+    Embedded,
     EngineStatus,
     Event,
     Failed,
     Finished,
     GenerationRequest,
     Token,
+    Tokenize,
+    Tokenized,
     ToolCall,
 )
 from app.errors import GryphonError
+from app.library.infill import infill_models
 from app.library.installed import InstalledModel
 from app.server.errors import ApiError, internal_error, log_fault
+
+_STATUS_TIMEOUT_S = 0.25
 
 
 class Engine(Protocol):
@@ -49,6 +59,12 @@ class Engine(Protocol):
     def stream(self, request: GenerationRequest) -> AsyncIterator[Event]: ...
 
     async def status(self) -> EngineStatus | None: ...
+
+    async def embed(self, request: Embed) -> Embedded: ...
+
+    async def tokenize(self, command: Tokenize) -> Tokenized: ...
+
+    async def detokenize(self, command: Detokenize) -> Detokenized: ...
 
 
 class Models(Protocol):
@@ -80,6 +96,37 @@ class Backend:
             GryphonError: there is none.
         """
         return await asyncio.to_thread(self.models.find_model, name)
+
+    async def model_of(self, name: str | None) -> InstalledModel:
+        """The model of that name; without one the resident model, else the default one.
+
+        Raises:
+            GryphonError: there is none.
+        """
+        if name:
+            return await self.find_model(name)
+        status = await self.status()
+        if status is not None and status.model is not None:
+            # It may have been removed since it was loaded.
+            with contextlib.suppress(GryphonError):
+                return await self.find_model(status.model.name)
+        return await asyncio.to_thread(self.models.find_model, None)
+
+    async def status(self) -> EngineStatus | None:
+        """The engine's status; None where none runs or it does not say so at once."""
+        with contextlib.suppress(TimeoutError, ConnectionError, GryphonError):
+            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+                return await self.engine.status()
+        return None
+
+    async def explained(self, error: ApiError) -> ApiError:
+        """An error of the engine's with what only this side of it knows."""
+        if error.code != "no_infill":
+            return error
+        names = await asyncio.to_thread(lambda: infill_models(self.models.installed_models()))
+        can = f"Installed models that can: {', '.join(names)}."
+        can = can if names else "No installed model can."
+        return ApiError(error.status, error.code, f"{error.message} {can}")
 
 
 @dataclass
@@ -135,7 +182,7 @@ class Answer(Protocol):
         ...
 
     def closing(self, ends: Sequence[Finished]) -> bytes:
-        """Sent last, after the end of every choice."""
+        """Sent last, after the end of every choice; `ends` are in the order of the choices."""
         ...
 
     def broken(self, error: ApiError) -> bytes:
@@ -268,7 +315,7 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answering = asyncio.create_task(self._stream(send) if self.stream else self._whole(send))
-        leaving = asyncio.create_task(_client_left(receive))
+        leaving = asyncio.create_task(client_left(receive))
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -286,7 +333,7 @@ class GenerationResponse(Response):
         async with aclosing(self._audible()) as events:
             async for number, event in events:
                 if error := _failure(event):
-                    raise error
+                    raise await self.backend.explained(error)
                 match event:
                     case Token():
                         choices[number].tokens.append(event)
@@ -301,7 +348,7 @@ class GenerationResponse(Response):
 
     async def _stream(self, send: Send) -> None:
         accepted: Accepted | None = None
-        ends: list[Finished] = []
+        ends: dict[int, Finished] = {}
         started = False
         async with aclosing(self._audible()) as events:
             async for number, event in events:
@@ -313,7 +360,7 @@ class GenerationResponse(Response):
                 # fail, but not longer than the first keep-alive: after that errors come as frames.
                 if not started:
                     if error is not None:
-                        raise error
+                        raise await self.backend.explained(error)
                     await self._start(send)
                     await _send_part(send, self.answer.opening(accepted))
                     started = True
@@ -322,9 +369,10 @@ class GenerationResponse(Response):
                     break
                 await _send_part(send, self._frames(event, number))
                 if isinstance(event, Finished):
-                    ends.append(event)
+                    ends[number] = event
         if len(ends) == len(self.requests):
-            await _send_part(send, self.answer.closing(ends))
+            in_order = [ends[number] for number in range(len(ends))]
+            await _send_part(send, self.answer.closing(in_order))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _frames(self, event: _Heard | None, choice: int) -> bytes:
@@ -351,6 +399,7 @@ async def _send_part(send: Send, data: bytes) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
-async def _client_left(receive: Receive) -> None:
+async def client_left(receive: Receive) -> None:
+    """Returns when the client has gone away."""
     while (await receive())["type"] != "http.disconnect":
         pass

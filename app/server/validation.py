@@ -7,15 +7,18 @@ accepted without effect, refused unless they hold a value that changes nothing, 
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar, Self, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
+from app.errors import GryphonError
 from app.server.errors import ApiError
 
 _SHOWN = 80
+_P = ParamSpec("_P")
 
 
 class Fields(BaseModel):
@@ -27,6 +30,8 @@ class Fields(BaseModel):
     """Fields that clients send and that cannot change the output; any value is accepted."""
     only_neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Fields that would change the output: refused unless null or one of these values."""
+    advice: ClassVar[dict[str, str]] = {}
+    """What to do instead of sending one of those; by default, to leave it out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -42,9 +47,10 @@ class Fields(BaseModel):
                     raise refuse(
                         "unsupported_parameter",
                         "{path} = {value} is not supported by Gryphon and would change the answer; "
-                        "leave the field out",
+                        "{advice}",
                         field=name,
                         value=shown(value),
+                        advice=cls.advice.get(name, "leave the field out"),
                     )
             elif name not in cls.without_effect:
                 raise refuse("unknown_parameter", "unknown field {path}", field=name)
@@ -95,10 +101,28 @@ def schema_of(fields: type[Fields]) -> Any:
     return inlined(schema)
 
 
+def body_of(fields: type[Fields]) -> dict[str, Any]:
+    """OpenAPI's description of a body that the handler reads itself."""
+    content = {"application/json": {"schema": schema_of(fields)}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def refuse(code: str, template: str, *, field: str | None = None, **values: str) -> Exception:
     """The error to raise in a validator; `{path}` in `template` is where it happened."""
     context = {"template": template, "field": field, **values}
     return PydanticCustomError(code, "{template}", context)
+
+
+def checked(param: str, check: Callable[_P, None], *args: _P.args, **kwargs: _P.kwargs) -> None:
+    """One of the engine's own checks, made where the field to blame is known.
+
+    Raises:
+        ApiError: 400, with that field as `param`.
+    """
+    try:
+        check(*args, **kwargs)
+    except GryphonError as error:
+        raise ApiError(400, error.code, error.message, param=param) from None
 
 
 def shown(value: Any) -> str:

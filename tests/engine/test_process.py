@@ -17,6 +17,7 @@ import pytest
 
 from app import paths
 from app.engine import client as client_module
+from app.engine import engine_process
 from app.engine.client import EngineClient
 from app.engine.protocol import (
     Accepted,
@@ -221,7 +222,7 @@ async def test_an_engine_that_cannot_start_is_tried_once_a_request(
         spawned.append(arguments)
         return genuine([sys.executable, "-c", "raise SystemExit(3)"], stderr=subprocess.DEVNULL)
 
-    monkeypatch.setattr(client_module.subprocess, "Popen", counting)
+    monkeypatch.setattr(engine_process.subprocess, "Popen", counting)
     failed = (await collect(client.stream(request(model))))[-1]
     assert isinstance(failed, Failed) and failed.code == "engine_not_started"
     assert "exit status 3" in failed.message and "engine.log" in failed.message

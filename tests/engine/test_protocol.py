@@ -13,11 +13,17 @@ from app.engine.protocol import (
     MAX_FRAME_BYTES,
     Accepted,
     Cancel,
+    ContextFile,
+    Detokenize,
+    Detokenized,
     DraftModel,
+    Embed,
+    Embedded,
     Failed,
     Finished,
     GenerationRequest,
     GetStatus,
+    Infill,
     LoadModel,
     Message,
     ModelRef,
@@ -25,6 +31,8 @@ from app.engine.protocol import (
     Sampling,
     Timings,
     Token,
+    Tokenize,
+    Tokenized,
     TokenLogprob,
     Tool,
     ToolCall,
@@ -70,6 +78,17 @@ def _reader(data: bytes) -> asyncio.StreamReader:
             tools=[Tool("f", "Does.", {"type": "object", "x": [1, None, {"y": 0.5}]})],
             template_options={"enable_thinking": False},
         ),
+        GenerationRequest(
+            id="g",
+            model=MODEL,
+            prompt="def f(",
+            suffix="):",
+            infill=Infill(files=[ContextFile("a.py", "a = 1")], middle="x"),
+        ),
+        Embed(id="e", model=MODEL, texts=["a", "🦅"], pooling="last", keep_alive_s=math.inf),
+        Embed(id="e", model=MODEL, tokens=[[1], [2, 3]], wait_for_model=False),
+        Tokenize(id="t", model=MODEL, messages=[Message("user", "a")], add_generation_prompt=False),
+        Detokenize(id="d", model=MODEL, tokens=[1, 2], with_special=True),
         Cancel("a"),
         LoadModel("l", MODEL),
         GetStatus("s"),
@@ -88,6 +107,9 @@ async def test_commands_survive_the_wire(command: Any) -> None:
         Token("a", "é", 7, TokenLogprob(7, "�", b"\xc3", -0.5)),
         Token("a", "", 7, reasoning="Hm"),
         ToolCall("a", "call_1", "f", '{"a": 1}'),
+        Embedded("e", b"\x00\x00\x80?", 1, [3]),
+        Tokenized("t", [1, 2], [b"\xc3", b"\xa9"]),
+        Detokenized("d", "é"),
         Finished("a", "stop", Usage(1, 2, 0), Timings(0.1, 0.2, 0.3)),
         Failed("a", "engine_crashed", "It stopped.", 1.0),
     ],
@@ -110,6 +132,13 @@ async def test_a_frame_that_claims_too_much_is_refused_before_it_is_read() -> No
 async def test_bytes_that_are_no_command_are_refused() -> None:
     with pytest.raises(msgspec.MsgspecError):
         await read_command(_reader(b"\x00\x00\x00\x04\xffabc"))
+
+
+def test_a_number_too_large_for_a_frame_is_the_clients_fault() -> None:
+    tool = Tool("f", "", {"type": "object", "maximum": 2**70})
+    with pytest.raises(GryphonError, match="64 bits") as caught:
+        encode_frame(msgspec.structs.replace(REQUEST, tools=[tool]))
+    assert caught.value.code == "invalid_request"
 
 
 def test_a_request_too_large_for_a_frame_says_so() -> None:

@@ -15,7 +15,17 @@ from typing import Any
 import openai
 import pytest
 
-from app.engine.protocol import EngineStatus, Event, GenerationRequest
+from app.engine.protocol import (
+    Detokenize,
+    Detokenized,
+    Embed,
+    Embedded,
+    EngineStatus,
+    Event,
+    GenerationRequest,
+    Tokenize,
+    Tokenized,
+)
 from app.errors import GryphonError
 from app.library.installed import InstalledModel
 from app.server.serving import ServerOptions, ServerThread
@@ -52,6 +62,7 @@ class FakeModels:
 
     def find_model(self, name: str | None = None, *, allow_path: bool = False) -> InstalledModel:
         assert not allow_path, "the server must never look at paths"
+        name = SMOL.name if name is None else name
         for model in self.installed_models():
             if model.name == name:
                 return model
@@ -117,6 +128,15 @@ class Switchboard:
 
     async def status(self) -> EngineStatus | None:
         return await self.current.status()
+
+    async def embed(self, request: Embed) -> Embedded:
+        return await self.current.embed(request)
+
+    async def tokenize(self, command: Tokenize) -> Tokenized:
+        return await self.current.tokenize(command)
+
+    async def detokenize(self, command: Detokenize) -> Detokenized:
+        return await self.current.detokenize(command)
 
 
 @dataclass
