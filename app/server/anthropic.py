@@ -1,4 +1,6 @@
-"""Anthropic's dialect: messages; docs/rest/anthropic.md says what it honours.
+"""Anthropic's dialect: messages and the counting of their tokens.
+
+docs/rest/anthropic.md says what it honours.
 
 `GET /v1/models` is OpenAI's route too; requests with the header `anthropic-version` are answered
 here, so this router comes before OpenAI's.
@@ -17,11 +19,12 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from app.engine.abilities import AbilityFinder
-from app.engine.protocol import GenerationRequest
+from app.engine.protocol import GenerationRequest, Tokenize
 from app.library.installed import InstalledModel
 from app.server.anthropic_answers import MessagesAnswer
 from app.server.anthropic_models import model_object, models_page
-from app.server.anthropic_requests import MessagesFields, PromptFields
+from app.server.anthropic_requests import CountFields, MessagesFields, PromptFields
+from app.server.computed import ComputedResponse
 from app.server.errors import JsonResponse
 from app.server.generation import Backend, GenerationResponse, client_of
 from app.server.thinking import thinking_options
@@ -86,6 +89,25 @@ def router(backend: Backend) -> APIRouter:
             shows_thinking=fields.shows_thinking,
         )
         return GenerationResponse(backend, [generation], answer, stream=bool(fields.stream))
+
+    @routes.post("/messages/count_tokens", openapi_extra=body_of(CountFields))
+    async def count_tokens(request: Request) -> Response:
+        """How many tokens the prompt of a message has, without an answer to it."""
+        fields = CountFields.parse(await request.body())
+        model = await backend.find_model(fields.model)
+        command = Tokenize(
+            id=f"count-{uuid.uuid4().hex}",
+            model=model.ref,
+            messages=fields.conversation,
+            tools=[] if fields.engine_tool_choice == "none" else fields.engine_tools,
+            template_options=await template_options(fields, model),
+            client=client_of(request),
+        )
+
+        async def compute() -> dict[str, int]:
+            return {"input_tokens": len((await backend.engine.tokenize(command)).tokens)}
+
+        return ComputedResponse(compute)
 
     routes.include_router(listing)
     return routes

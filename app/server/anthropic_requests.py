@@ -389,6 +389,12 @@ class PromptFields(Fields):
         return None if self.output_config is None else self.output_config.format
 
 
+class CountFields(PromptFields):
+    """Body of `POST /v1/messages/count_tokens`."""
+
+    without_effect = PromptFields.without_effect | {"max_tokens", "stream"}
+
+
 class MessagesFields(PromptFields):
     """Body of `POST /v1/messages`."""
 
@@ -413,7 +419,3 @@ class MessagesFields(PromptFields):
     @property
     def shows_thinking(self) -> bool:
         return self.thinking is None or self.thinking.display != "omitted"
-
-
-class CountFields(PromptFields):
-    """Body of `POST /v1/messages/count_tokens`."""

@@ -14,7 +14,16 @@ from starlette.responses import Response
 from app import __version__
 from app.errors import GryphonError
 from app.library import installed
-from app.server import anthropic, embeddings, llama_cpp, metrics, ollama, openai, security
+from app.server import (
+    anthropic,
+    embeddings,
+    llama_cpp,
+    metrics,
+    ollama,
+    ollama_embeddings,
+    openai,
+    security,
+)
 from app.server.errors import ApiError, CatchFaults, ErrorResponse, JsonResponse, log_fault
 from app.server.generation import Backend, Engine, Models
 
@@ -69,7 +78,7 @@ def create_app(
 
     app.include_router(metrics.router(engine))
     backend = Backend(engine, models, keep_alive_s)
-    for dialect in (anthropic, openai, embeddings, llama_cpp, ollama):
+    for dialect in (anthropic, openai, embeddings, llama_cpp, ollama, ollama_embeddings):
         app.include_router(dialect.router(backend))
     return app
 

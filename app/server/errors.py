@@ -108,7 +108,7 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
     kind = _ANTHROPIC_TYPES.get(error.status, other)
     message = error.message
     if error.code == "context_length_exceeded":
-        # The words at which Claude Code shortens its conversation and tries again.
+        # Anthropic's own words for it, which Claude Code knows.
         message = f"prompt is too long: {message}"
     return {"type": "error", "error": {"type": kind, "message": message}}
 

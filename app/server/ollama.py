@@ -6,6 +6,7 @@
 | GET, HEAD /api/version | a version of Ollama, `OLLAMA_VERSION` |
 | GET, HEAD /api/tags, GET /api/ps, POST /api/show | `app.server.ollama_models` |
 | POST /api/chat, POST /api/generate | `app.server.ollama_answers` |
+| POST /api/embed, POST /api/embeddings | `app.server.ollama_embeddings` |
 | POST /api/create, pull, push, copy, blobs; DELETE /api/delete | 403, naming the command |
 
 A name may end in `:latest` and differ in case, as Ollama's may; answers repeat it as it was sent.
@@ -31,7 +32,7 @@ from app.server.errors import ApiError
 from app.server.generation import Backend, GenerationResponse, client_of
 from app.server.ollama_answers import ChatAnswer, GenerateAnswer, conversation_of, encoded
 from app.server.ollama_models import ModelPages, installed_as
-from app.server.ollama_requests import AnswerFields, ChatFields, GenerateFields, Name
+from app.server.ollama_requests import AnswerFields, ChatFields, GenerateFields, ModelFields, Name
 from app.server.thinking import thinking_options
 from app.server.validation import Fields, body_of
 
@@ -77,7 +78,7 @@ class _Json(Response):
         return content if isinstance(content, bytes) else encoded(content)
 
 
-class _Ollama:
+class Ollama:
     """What the routes answer from."""
 
     def __init__(self, backend: Backend) -> None:
@@ -128,7 +129,7 @@ class _Ollama:
         think = bool(fields.think)
         return thinking_options(abilities, think=think, effort=effort, field="think")
 
-    async def check_context(self, fields: AnswerFields, model: InstalledModel) -> None:
+    async def check_context(self, fields: ModelFields, model: InstalledModel) -> None:
         """Refuse a `num_ctx` that the model does not have here.
 
         Raises:
@@ -151,7 +152,7 @@ class _Ollama:
                 param="options.num_ctx",
             )
 
-    async def loaded(self, fields: AnswerFields, model: InstalledModel) -> str:
+    async def loaded(self, fields: ModelFields, model: InstalledModel) -> str:
         """Load the model, or unload it where `keep_alive` is 0; what was done, in Ollama's word.
 
         Raises:
@@ -199,7 +200,7 @@ class _Ollama:
 def router(backend: Backend) -> APIRouter:
     """`/` and the routes under `/api`."""
     routes = APIRouter(tags=["Ollama"])
-    ollama = _Ollama(backend)
+    ollama = Ollama(backend)
 
     @routes.head("/", include_in_schema=False)
     @routes.get("/", response_class=PlainTextResponse)
@@ -260,12 +261,18 @@ def router(backend: Backend) -> APIRouter:
         """Answer one prompt, or continue it as it is."""
         fields = GenerateFields.parse(await request.body())
         model = await ollama.find(fields.model)
-        if not fields.prompt:
+        if not fields.prompt and not fields.suffix:
             words = GenerateAnswer(fields.model)
             return _Json(words.without_words(await ollama.loaded(fields, model)))
-        if fields.raw:
-            answer = GenerateAnswer(fields.model)
-            return await ollama.answer(request, fields, model, answer, prompt=fields.prompt)
+        if fields.raw or fields.suffix:
+            return await ollama.answer(
+                request,
+                fields,
+                model,
+                GenerateAnswer(fields.model),
+                prompt=fields.prompt,
+                suffix=fields.suffix,
+            )
         conversation = _conversation(fields)
         return await ollama.answer(
             request,

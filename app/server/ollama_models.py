@@ -15,6 +15,7 @@ from app.engine.abilities import Abilities
 from app.engine.protocol import EngineStatus
 from app.errors import GryphonError
 from app.library.details import ModelDetails, describe
+from app.library.infill import can_infill
 from app.library.installed import InstalledModel
 from app.server.timestamp import timestamp
 
@@ -89,7 +90,7 @@ class ModelPages:
             "template": abilities.template,
             "details": self._summary(model),
             "model_info": _info(model, details),
-            "capabilities": _capabilities(abilities),
+            "capabilities": _capabilities(abilities, can_infill(model.path)),
             "modified_at": timestamp(model.modified),
         }
         return shown
@@ -155,10 +156,10 @@ def _info(model: InstalledModel, details: ModelDetails | None) -> dict[str, Any]
     return info | {f"{family}.{name}": fact for name, fact in facts.items() if fact is not None}
 
 
-def _capabilities(abilities: Abilities) -> list[str]:
+def _capabilities(abilities: Abilities, fills_gaps: bool) -> list[str]:
     # Every model here writes text. Ollama says "embedding" of models that do nothing else, and
     # clients then keep them out of chats; /api/embed takes any.
-    further = {"tools": abilities.tools, "thinking": abilities.thinks}
+    further = {"tools": abilities.tools, "insert": fills_gaps, "thinking": abilities.thinks}
     return ["completion", *(name for name, can in further.items() if can)]
 
 

@@ -278,23 +278,28 @@ class Tool(Fields):
         return EngineTool(function.name, function.description, function.parameters)
 
 
-class AnswerFields(Fields):
-    """What chat and generate have in common."""
-
-    without_effect = frozenset({"truncate", "shift"})
+class ModelFields(Fields):
+    """What every route has that makes a model work."""
 
     model: Name
-    stream: bool | None = None
-    format: Format | None = None
-    think: Think | None = None
     keep_alive: KeepAlive | None = None
     options: Options | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
     def given_options(self) -> Options:
         return self.options or Options()
+
+
+class AnswerFields(ModelFields):
+    """What chat and generate have in common."""
+
+    without_effect = frozenset({"truncate", "shift"})
+
+    stream: bool | None = None
+    format: Format | None = None
+    think: Think | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
     def streams(self) -> bool:
@@ -361,10 +366,10 @@ class GenerateFields(AnswerFields):
         "_debug_render_only": (False,),
         "images": ([],),
         "template": ("",),
-        "suffix": ("",),
     }
 
     prompt: Text = ""
+    suffix: Text = ""
     system: Text = ""
     raw: bool | None = None
     context: Annotated[
@@ -377,11 +382,11 @@ class GenerateFields(AnswerFields):
     def _agree(self) -> GenerateFields:
         beside = {"system": self.system, "context": self.context, "think": self.think}
         for name, value in beside.items():
-            if self.raw and value:
+            if (self.raw or self.suffix) and value:
                 raise refuse(
                     "invalid_value",
-                    "{path} is for the chat template, which a prompt with `raw` does not go "
-                    "through; leave one of them out",
+                    "{path} is for the chat template, which a prompt with `raw` or `suffix` does "
+                    "not go through; leave one of them out",
                     field=name,
                 )
         return self

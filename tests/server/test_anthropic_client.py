@@ -116,6 +116,11 @@ def test_beta_fields(client: anthropic.Anthropic, engine: ScriptedEngine) -> Non
     assert answer.content[0].type == "text"
 
 
+def test_count_tokens(client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
+    counted = client.messages.count_tokens(model=SMOL.name, messages=ASK, tools=[TOOL])
+    assert counted.input_tokens == 0 and len(engine.asked) == 1
+
+
 def test_models(client: anthropic.Anthropic) -> None:
     assert [model.id for model in client.models.list()][-1] == SMOL.name
     assert client.models.retrieve(SMOL.name).display_name == SMOL.name

@@ -243,7 +243,7 @@ def test_failures_before_the_answer(
     assert reply.json == {"type": "error", "error": {"type": kind, "message": "No."}}
 
 
-def test_a_prompt_that_is_too_long_is_named_so_that_claude_code_shortens_it(
+def test_a_prompt_that_is_too_long_is_named_in_anthropics_words(
     server: Server, engine: ScriptedEngine
 ) -> None:
     engine.answers = [[Failed("", "context_length_exceeded", "9 tokens, 8 fit.")]]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.engine.protocol import Message, Sampling, Tool, ToolCallPart
+from app.engine.protocol import Message, Sampling, Tokenize, Tool, ToolCallPart
 from app.server.anthropic_requests import MessagesFields
 
 from .conftest import GRIFFIN, SMOL, ScriptedEngine, Server, running
@@ -249,6 +249,23 @@ def test_fields_that_are_refused(
     assert reply.json["type"] == "error" and reply.error["type"] == "invalid_request_error"
     assert f"`{named}`" in reply.error["message"], reply.body
     assert not engine.requests
+
+
+def test_count_tokens(furnished_server: Server) -> None:
+    engine = furnished_server.board.current
+    asked = message(system="Be brief.", tools=[{"name": "f", "input_schema": SCHEMA}])
+    asked |= {"model": "thinker", "thinking": {"type": "disabled"}}
+    del asked["max_tokens"]
+    for more in ({}, {"max_tokens": 5}, {"tool_choice": {"type": "none"}}):
+        reply = furnished_server.post(f"{PATH}/count_tokens?beta=true", asked | more)
+        assert (reply.status, reply.json) == (200, {"input_tokens": 0})
+    first, _, without_tools = engine.asked
+    assert isinstance(first, Tokenize) and isinstance(without_tools, Tokenize)
+    assert first.messages == [Message("system", "Be brief."), Message("user", "Hi")]
+    assert first.tools == [Tool("f", "", SCHEMA)] and without_tools.tools == []
+    assert first.template_options == {"enable_thinking": False}
+    reply = furnished_server.post(f"{PATH}/count_tokens", asked | {"nonsense": 1})
+    assert reply.status == 400 and "`nonsense`" in reply.error["message"]
 
 
 def test_unknown_models(server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -120,6 +121,22 @@ def test_thoughts_and_calls_of_anthropic(claude: anthropic.Anthropic) -> None:
     assert streamed.usage.cache_read_input_tokens
     total = whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0)
     assert streamed.usage.input_tokens + streamed.usage.cache_read_input_tokens == total
+
+
+def test_tokens_are_counted_as_they_are_read(claude: anthropic.Anthropic) -> None:
+    asked: Any = {"model": "thinker", "messages": ASK, "tools": [TOOL], "system": "Be brief."}
+    answer = claude.messages.create(max_tokens=1, **asked)
+    read = answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0)
+    assert claude.messages.count_tokens(**asked).input_tokens == read
+
+
+def test_embeddings_of_ollama(client: ollama.Client) -> None:
+    whole = client.embed("tiny", ["Hi", "Hi there"])
+    one, other = whole.embeddings
+    assert math.hypot(*one) == pytest.approx(1) and list(one) != list(other)
+    cut = list(client.embed("tiny", "Hi", dimensions=4).embeddings[0])
+    length = math.hypot(*one[:4])
+    assert cut == pytest.approx([number / length for number in one[:4]])
 
 
 def test_the_sequence_that_stopped_it(claude: anthropic.Anthropic) -> None:

@@ -128,6 +128,14 @@ def test_load_and_unload(client: ollama.Client, engine: ScriptedEngine) -> None:
     assert part.done_reason == "load"
 
 
+def test_embeddings(client: ollama.Client, engine: ScriptedEngine) -> None:
+    answer = client.embed(SMOL.name, ["abc", "a"])
+    # "a" is the byte 97: 1 modulo 4.
+    assert [list(one) for one in answer.embeddings][1] == [0, 1, 0, 0]
+    assert answer.prompt_eval_count == 4 and answer.model == SMOL.name
+    assert list(client.embeddings(SMOL.name, "a").embedding) == [0, 1, 0, 0]
+
+
 def test_models(furnished_server: Server) -> None:
     with ollama.Client(furnished_server.thread.url) as client:
         listed = client.list().models

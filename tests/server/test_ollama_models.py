@@ -7,6 +7,7 @@ import http.server
 import re
 import threading
 from datetime import UTC, datetime
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,7 +16,8 @@ from app.engine.protocol import EngineStatus
 from app.server.listening import _is_gryphon
 from app.server.ollama_models import human_number
 
-from .conftest import GRIFFIN, SMOL, ScriptedEngine, Server
+from ..tiny_models import write_scripted_model
+from .conftest import GRIFFIN, SMOL, FurnishedModels, ScriptedEngine, Server, running
 
 
 @pytest.mark.parametrize("path", ["/", "/api/version", "/api/tags"])
@@ -93,6 +95,15 @@ def test_show(furnished_server: Server, name: str, capabilities: list[str]) -> N
     assert info[f"{family}.embedding_length"] > 0 and info["general.parameter_count"] > 1000
     assert shown["details"]["family"] == family
     assert not furnished_server.board.current.started
+
+
+def test_models_that_fill_gaps_say_so(tmp_path: Path, server: Server) -> None:
+    model = write_scripted_model(
+        tmp_path / "coder", ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+    )
+    with running(FurnishedModels({"coder": model})) as coder:
+        shown = coder.post("/api/show", {"model": "coder"}).json
+    assert shown["capabilities"] == ["completion", "insert"]
 
 
 def test_show_by_the_older_word(furnished_server: Server) -> None:

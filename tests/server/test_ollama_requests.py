@@ -172,7 +172,8 @@ def test_fields_that_are_refused(
     [
         ({"images": ["aGk="]}, "images"),
         ({"template": "{{ .Prompt }}"}, "template"),
-        ({"suffix": "return x"}, "suffix"),
+        ({"suffix": "return x", "system": "Be brief."}, "system"),
+        ({"suffix": "return x", "context": [1]}, "context"),
         ({"raw": True, "system": "Be brief."}, "system"),
         ({"raw": True, "context": [1]}, "context"),
         ({"raw": True, "think": True}, "think"),
@@ -299,6 +300,15 @@ def test_generate_goes_through_the_template_unless_it_is_raw(
     with_template, raw = engine.requests
     assert with_template.messages == [Message("system", "Be brief."), Message("user", "Hi")]
     assert (raw.prompt, raw.messages) == ("Hi", None)
+
+
+def test_a_suffix_makes_a_gap(server: Server, engine: ScriptedEngine) -> None:
+    reply = server.post("/api/generate", prompt("def f():", suffix="return x", stream=False))
+    (request,) = engine.requests
+    assert (request.prompt, request.suffix, request.messages) == ("def f():", "return x", None)
+    assert "context" not in reply.json
+    assert server.post("/api/generate", prompt("", suffix="return x")).status == 200
+    assert engine.requests[1].suffix == "return x" and not engine.loads
 
 
 def test_a_context_brings_the_conversation_back(server: Server, engine: ScriptedEngine) -> None:
