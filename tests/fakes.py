@@ -37,8 +37,8 @@ class FakeEngine:
 
     `answers` holds, per coming request, a list of pieces: a str becomes a `Token`, an event goes
     out as it is (its id filled in), an `asyncio.Event` is waited for. After the pieces the request
-    finishes by itself unless a piece was terminal. Requests made are kept in `requests`,
-    cancelled ids in `cancelled`.
+    finishes by itself unless a piece was terminal. Requests made are kept in `requests`, models
+    loaded in `loads` with how long they are to stay, cancelled ids in `cancelled`.
 
     A text has one token per byte, whose id is the byte. An input's vector is what its bytes count,
     of length 1: as many numbers as `dimensions`. `refuses` is raised by the next that is no stream.
@@ -47,6 +47,7 @@ class FakeEngine:
     def __init__(self, answers: Sequence[Sequence[str | Event | asyncio.Event]] = ()) -> None:
         self.answers = list(answers)
         self.requests: list[GenerationRequest] = []
+        self.loads: list[tuple[ModelRef, float | None]] = []
         self.cancelled: list[str] = []
         self.starts = 0
         self.crashes = 0
@@ -165,7 +166,10 @@ class FakeEngine:
         self._ask(command)
         return Detokenized(command.id, bytes(command.tokens).decode())
 
-    async def load(self, model: ModelRef) -> AsyncIterator[Event]:
+    async def load(
+        self, model: ModelRef, *, keep_alive_s: float | None = None
+    ) -> AsyncIterator[Event]:
+        self.loads.append((model, keep_alive_s))
         yield Progress(id="load", phase="load", processed=1, total=1, detail=model.name)
         yield Finished(
             id="load", reason="stop", usage=Usage(0, 0, 0), timings=Timings(0.0, 0.0, 0.0)

@@ -66,6 +66,11 @@ class AnswerStream:
         }
         self._parts = AnswerParts(format, tools, frozenset(self._special.values()))
 
+    @property
+    def stop_string(self) -> str:
+        """The stop string that ended the text; empty when none did."""
+        return self._text.stop_string if self._parts is None else self._stop.reached
+
     def add(self, token_id: int, *, may_stop: bool = True) -> Released:
         """What one more token releases; `may_stop` as in `TextStream.add`."""
         if self._parts is None:

@@ -174,7 +174,12 @@ class Row:
         if reason == "stop" and is_call:
             reason = "tool_calls"
         usage, timings = self.usage, self.timings()
-        self.emit(Finished(self.request.id, reason, usage, timings, rest.text, rest.reasoning))
+        stop_string = self.text.stop_string if self.text is not None else ""
+        self.emit(
+            Finished(
+                self.request.id, reason, usage, timings, rest.text, rest.reasoning, stop_string
+            )
+        )
 
     def fail(self, code: str, message: str, retry_after: float | None = None) -> None:
         """Send the one `Failed` of this row."""

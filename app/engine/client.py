@@ -262,9 +262,13 @@ class EngineClient:
         elif request_id in self._streams:
             self._send(Cancel(request_id))
 
-    def load(self, model: ModelRef) -> AsyncIterator[Event]:
-        """Make a model resident: Progress*, then Finished or Failed."""
-        return self._run(LoadModel(f"load-{next(self._ids)}", model))
+    def load(self, model: ModelRef, *, keep_alive_s: float | None = None) -> AsyncIterator[Event]:
+        """Make a model resident: Progress*, then Finished or Failed.
+
+        Args:
+            keep_alive_s: As in `GenerationRequest`.
+        """
+        return self._run(LoadModel(f"load-{next(self._ids)}", model, keep_alive_s))
 
     async def embed(self, request: Embed) -> Embedded:
         """The vectors of some texts. Cancelling this cancels the request in the engine.

@@ -28,8 +28,14 @@ class KeepAlive:
         """Something runs."""
         self._used_s = time.monotonic()
 
-    def remaining_s(self) -> float | None:
-        """Seconds until the model is to go, 0 when they are over; None for never."""
+    @property
+    def deadline_s(self) -> float | None:
+        """When the model is to go, by `time.monotonic`; None for never."""
         if self._keep_s < 0 or self._keep_s > _FOR_EVER_S:
             return None
-        return max(0.0, self._used_s + self._keep_s - time.monotonic())
+        return self._used_s + self._keep_s
+
+    def remaining_s(self) -> float | None:
+        """Seconds until the model is to go, 0 when they are over; None for never."""
+        deadline_s = self.deadline_s
+        return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())

@@ -194,6 +194,8 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     timings: Timings
     text: str = ""
     reasoning: str = ""
+    stop_string: str = ""
+    """The one of the request's that ended the text; empty where something else ended it."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -287,6 +289,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="engine_status
     queued: int
     uptime_s: float
     context_length: int | None = None
+    keep_alive_left_s: float | None = None
+    """Seconds until the model leaves memory if no request comes; None for never."""
     requests: list[RequestStatus] = []
     """Those under way, oldest first; loads of models too."""
     counters: Counters | None = None

@@ -30,6 +30,8 @@ class Snapshot:
     running: int = 0
     queued: int = 0
     context_length: int | None = None
+    unload_s: float | None = None
+    """When the model goes if no request comes, by `time.monotonic`; None for never."""
     note: str = ""
 
 
@@ -71,5 +73,6 @@ def snapshot_of(
         running=len(running),
         queued=queued,
         context_length=least_of(model.loaded.context_length, room.context),
+        unload_s=residency.keep_alive.deadline_s,
         note=", ".join([model.note, *kernels.faults()]),
     )

@@ -19,6 +19,11 @@ class TextStream:
         self._detokenizer = StreamingDetokenizer(tokenizer, keep_first_space=exact)
         self._stop = StopStrings(stop)
 
+    @property
+    def stop_string(self) -> str:
+        """The stop string that was reached; empty when none was."""
+        return self._stop.reached
+
     def add(self, token_id: int, *, may_stop: bool = True) -> tuple[str, bool]:
         """Text released by one more token, and whether a stop string was reached.
 
@@ -35,6 +40,8 @@ class StopStrings:
     """Holds back what may be the beginning of a stop string."""
 
     def __init__(self, stop: Sequence[str]) -> None:
+        self.reached = ""
+        """The one that ended the text."""
         self._stop = tuple(stop)
         self._held = ""
         self._passed = 0  # how much of what is held came while no stop string could end
@@ -54,10 +61,11 @@ class StopStrings:
         if not self._stop:
             return new, False
         text = self._held + new
-        found = [at for stop in self._stop if (at := self._find(stop, text)) >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self._find(stop, text)) >= 0]
         if found and may_stop:
             self._held = ""
-            return text[: min(found)], True
+            at, self.reached = min(found, key=lambda one: one[0])
+            return text[:at], True
         keep = possible_start(text, self._stop) if more_follows else 0
         self._held = text[len(text) - keep :]
         self._passed = max(0, self._passed - (len(text) - keep))

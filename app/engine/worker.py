@@ -364,6 +364,7 @@ class Engine:
         """A picture of the engine, taken without waiting for the MLX thread."""
         view = self.scheduler.snapshot
         note = f"{self._backend.note}, {view.note}" if view.note else self._backend.note
+        left_s = None if view.unload_s is None else max(0.0, view.unload_s - time.monotonic())
         return EngineStatus(
             id=request_id,
             pid=os.getpid(),
@@ -384,6 +385,7 @@ class Engine:
             queued=view.queued,
             uptime_s=time.monotonic() - self._started,
             context_length=view.context_length,
+            keep_alive_left_s=left_s,
             requests=self.ledger.statuses(),
             counters=self.ledger.counters(self.scheduler.model_loads),
         )

@@ -1,4 +1,4 @@
-"""The FastAPI application: guards, errors, `/`, `/health`, `/metrics` and the dialects."""
+"""The FastAPI application: guards, errors, `/health`, `/metrics` and the dialects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from starlette.responses import Response
 from app import __version__
 from app.errors import GryphonError
 from app.library import installed
-from app.server import embeddings, llama_cpp, metrics, openai, responses, security
+from app.server import (
+    anthropic,
+    embeddings,
+    llama_cpp,
+    metrics,
+    ollama,
+    ollama_embeddings,
+    openai,
+    responses,
+    security,
+)
 from app.server.errors import ApiError, CatchFaults, ErrorResponse, JsonResponse, log_fault
 from app.server.generation import Backend, Engine, Models
 
@@ -61,11 +71,6 @@ def create_app(
     app.add_exception_handler(GryphonError, _expected_error)
     app.add_exception_handler(HTTPException, _no_such_route)
 
-    @app.get("/", tags=["Gryphon"])
-    async def root() -> Response:
-        """Who answers here."""
-        return JsonResponse({"name": "gryphon", "version": __version__})
-
     @app.get("/health", tags=["Gryphon"])
     async def health() -> Response:
         """Whether the endpoint lives and what its engine does; never waits for the engine."""
@@ -74,7 +79,7 @@ def create_app(
 
     app.include_router(metrics.router(engine))
     backend = Backend(engine, models, keep_alive_s)
-    for dialect in (openai, responses, embeddings, llama_cpp):
+    for dialect in (anthropic, openai, responses, embeddings, llama_cpp, ollama, ollama_embeddings):
         app.include_router(dialect.router(backend))
     return app
 

@@ -106,7 +106,11 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
     """The JSON object that Anthropic's clients read."""
     other = "invalid_request_error" if error.status < 500 else "api_error"
     kind = _ANTHROPIC_TYPES.get(error.status, other)
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    message = error.message
+    if error.code == "context_length_exceeded":
+        # Anthropic's own words for it, which Claude Code knows.
+        message = f"prompt is too long: {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 _LLAMA_CPP_TYPES = {

@@ -30,6 +30,7 @@ from app.engine.protocol import (
     Failed,
     Finished,
     GenerationRequest,
+    ModelRef,
     Token,
     Tokenize,
     Tokenized,
@@ -57,6 +58,10 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
     def stream(self, request: GenerationRequest) -> AsyncIterator[Event]: ...
+
+    def load(
+        self, model: ModelRef, *, keep_alive_s: float | None = None
+    ) -> AsyncIterator[Event]: ...
 
     async def status(self) -> EngineStatus | None: ...
 
@@ -161,8 +166,11 @@ class Answer(Protocol):
     """
 
     stream_media_type: str
-    keep_alive: bytes
-    """Bytes that clients skip, sent while nothing else is."""
+
+    @property
+    def keep_alive(self) -> bytes:
+        """What clients skip, sent while nothing else is."""
+        ...
 
     def opening(self, accepted: Accepted | None) -> bytes:
         """Sent first.

@@ -93,3 +93,25 @@ def test_stop_strings_complete_before_one_may_stop_are_text(
     else:
         pieces.append(stream.finish())
     assert ("".join(pieces), reached) == (kept, stopped)
+    assert bool(stream.stop_string) == stopped
+    assert not stopped or stream.stop_string in stop
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "reached"),
+    [
+        ("abcd", ["d", "bc"], "bc"),  # the one that begins first
+        ("abcd", ["x", "y"], ""),
+        ("abcd", ["cx", "cd"], "cd"),
+    ],
+)
+def test_the_stop_string_that_ended_the_text_is_known(
+    tokenizer: Tokenizer, text: str, stop: list[str], reached: str
+) -> None:
+    stream = TextStream(tokenizer, stop)
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        if stream.add(token)[1]:
+            break
+    else:
+        stream.finish()
+    assert stream.stop_string == reached

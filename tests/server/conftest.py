@@ -23,14 +23,18 @@ from app.engine.protocol import (
     EngineStatus,
     Event,
     GenerationRequest,
+    ModelRef,
     Tokenize,
     Tokenized,
 )
 from app.errors import GryphonError
-from app.library.installed import InstalledModel
+from app.library.installed import InstalledModel, read_model
+from app.server.generation import Models
 from app.server.serving import ServerOptions, ServerThread
 
+from ..engine.test_chat_prompt import QWEN3
 from ..fakes import FakeEngine
+from ..tiny_models import OPEN_LLAMA, write_model, write_scripted_model
 
 SMOL = InstalledModel(
     name="smollm2-135m",
@@ -126,6 +130,9 @@ class Switchboard:
     def stream(self, request: GenerationRequest) -> AsyncIterator[Event]:
         return self.current.stream(request)
 
+    def load(self, model: ModelRef, *, keep_alive_s: float | None = None) -> AsyncIterator[Event]:
+        return self.current.load(model, keep_alive_s=keep_alive_s)
+
     async def status(self) -> EngineStatus | None:
         return await self.current.status()
 
@@ -217,9 +224,11 @@ def completion(prompt: Any = "Once", **more: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(**options: Any) -> Iterator[Server]:
+def running(models: Models | None = None, **options: Any) -> Iterator[Server]:
     board = Switchboard()
-    thread = ServerThread(lambda: board, ServerOptions(port=0, **options), models=FakeModels())
+    thread = ServerThread(
+        lambda: board, ServerOptions(port=0, **options), models=models or FakeModels()
+    )
     thread.start()
     try:
         yield Server(thread, board)
@@ -274,3 +283,52 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         base_url=f"{server.thread.url}/v1", api_key="unused", max_retries=0
     ) as client:
         yield client
+
+
+class FurnishedModels:
+    """`app.library.installed` over directories of models, read as they are installed."""
+
+    def __init__(self, directories: dict[str, Path]) -> None:
+        self.models = [read_model(path, name, "gryphon") for name, path in directories.items()]
+
+    def installed_models(self) -> list[InstalledModel]:
+        return self.models
+
+    def find_model(self, name: str | None = None, *, allow_path: bool = False) -> InstalledModel:
+        assert not allow_path, "the server must never look at paths"
+        found = next((model for model in self.models if model.name == name), None)
+        if found is None:
+            raise GryphonError("model_not_found", f"No installed model is called {name!r}.")
+        return found
+
+
+THINKING = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: <think>\n"
+PIECES = ["<think>", "\nHm", "m.", "\n</think>\n\n", "Let me ", "look. ", "<tool_call>",
+    '\n{"name": "look', '_up", "arguments": {"q": "one"}}', "\n</tool_call>"]  # fmt: skip
+"""What the model "thinker" always says."""
+
+
+@pytest.fixture(scope="session")
+def furnished_models(tmp_path_factory: pytest.TempPathFactory) -> FurnishedModels:
+    """ "tiny" says anything, "thinker" thinks, if asked to, and calls; "brooder" always thinks."""
+    root = tmp_path_factory.mktemp("furnished")
+    return FurnishedModels(
+        {
+            "tiny": write_model(root / "tiny", OPEN_LLAMA),
+            "thinker": write_scripted_model(root / "thinker", PIECES, template=QWEN3),
+            "brooder": write_scripted_model(root / "brooder", ["Hello"], template=THINKING),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def _furnished_server(home: Path, furnished_models: FurnishedModels) -> Iterator[Server]:
+    with running(furnished_models) as server:
+        yield server
+
+
+@pytest.fixture
+def furnished_server(_furnished_server: Server) -> Server:
+    """A server over those models and a scripted engine."""
+    _furnished_server.board.current = ScriptedEngine()
+    return _furnished_server

@@ -268,7 +268,7 @@ def test_requests_run_at_the_same_time(server: Server, engine: ScriptedEngine) -
 def test_health_does_not_start_the_engine(server: Server, engine: ScriptedEngine) -> None:
     assert server.call("GET", "/health").json["engine"] == "unloaded"
     assert server.call("GET", "/v1/models").status == 200
-    assert server.call("GET", "/").json["name"] == "gryphon"
+    assert server.call("GET", "/").status == 200
     assert not engine.started
 
 
