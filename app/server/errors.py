@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -43,6 +44,8 @@ _STATUS = {
     "engine_stopped": 503,
     "model_crashes_engine": 503,
     "cancelled": 503,
+    "server_stopping": 503,
+    "client_too_slow": 503,
 }
 """HTTP status by error code; any other code is our fault: 500."""
 
@@ -135,6 +138,12 @@ _BODIES: dict[str, Callable[[ApiError], dict[str, Any]]] = {
 """Shapes by how the path begins; OpenAI's everywhere else."""
 
 
+def error_body(path: str, error: ApiError) -> dict[str, Any]:
+    """The JSON object for `error` on a route: in its dialect's shape."""
+    shapes = (shape for begin, shape in _BODIES.items() if path.startswith(begin))
+    return next(shapes, openai_body)(error)
+
+
 def internal_error() -> ApiError:
     """What a client learns about a fault of ours."""
     return ApiError(500, "internal_error", "Internal error in Gryphon; its server log says more.")
@@ -168,9 +177,7 @@ class ErrorResponse(JsonResponse):
         super().__init__(openai_body(self.error), self.error.status, self.extra_headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
-        shapes = (shape for begin, shape in _BODIES.items() if path.startswith(begin))
-        body = next(shapes, openai_body)(self.error)
+        body = error_body(scope["path"], self.error)
         whole = JsonResponse(body, self.error.status, self.extra_headers)
         await whole(scope, receive, send)
 
@@ -199,6 +206,8 @@ class CatchFaults:
 
         try:
             await self.app(scope, receive, watched_send)
+        except ClientDisconnect:
+            pass  # left before its body was whole: nobody is there to be answered
         except Exception as error:
             log_fault("request failed", error)
             if not started:
