@@ -6,6 +6,7 @@ sentence for a person; a traceback goes to the log at most.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import traceback
@@ -149,6 +150,11 @@ def internal_error() -> ApiError:
     return ApiError(500, "internal_error", "Internal error in Gryphon; its server log says more.")
 
 
+def server_stopping() -> ApiError:
+    """What a client learns whose answer is not ready when the server stops."""
+    return ApiError(503, "server_stopping", "Gryphon is closing, so the answer ends here.")
+
+
 def log_fault(where: str, error: BaseException) -> None:
     """Log an unexpected exception: its type and stack, not its text, which may quote a prompt."""
     stack = "".join(traceback.format_tb(error.__traceback__))
@@ -208,6 +214,10 @@ class CatchFaults:
             await self.app(scope, receive, watched_send)
         except ClientDisconnect:
             pass  # left before its body was whole: nobody is there to be answered
+        except asyncio.CancelledError:
+            # By uvicorn, which stops and has waited long enough; nothing else waits for the end.
+            if not started:
+                await ErrorResponse(server_stopping())(scope, receive, send)
         except Exception as error:
             log_fault("request failed", error)
             if not started:

@@ -30,7 +30,7 @@ from app.engine.protocol import (
 )
 from app.errors import GryphonError
 from app.library.installed import InstalledModel
-from app.server.errors import ApiError, internal_error, log_fault
+from app.server.errors import ApiError, internal_error, log_fault, server_stopping
 
 
 class Engine(Protocol):
@@ -298,7 +298,8 @@ def _too_slow(request: GenerationRequest) -> Failed:
 
 
 def _stopping(request: GenerationRequest) -> Failed:
-    return Failed(request.id, "server_stopping", "Gryphon is closing, so the answer ends here.")
+    error = server_stopping()
+    return Failed(request.id, error.code, error.message)
 
 
 def _failure(event: _Heard | None) -> ApiError | None:

@@ -16,7 +16,6 @@ from app.server.application import create_app
 
 from .conftest import SMOL, FakeModels, Switchboard
 
-
 _TEXTS = ("messages", "prompt", "input")
 
 

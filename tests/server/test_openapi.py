@@ -128,7 +128,7 @@ wait();
 """
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="tmux is not installed: nor is Node")
+@pytest.mark.skipif(shutil.which("node") is None, reason="Node is not installed")
 def test_the_page_draws_every_route(server: Server) -> None:
     """Its script, run by Node over the few functions of a browser that it calls."""
     code = NODE.format(url=server.thread.url, script=PAGE / "page.js")

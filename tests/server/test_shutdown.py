@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from app.library.installed import InstalledModel
+
 from .children import child
 from .conftest import Server, chat, completion, running
 from .routes import POSTS, STREAMS, Route
@@ -66,6 +68,29 @@ def test_a_whole_answer_that_is_not_ready_is_an_error(route: Route) -> None:
         assert response.status == 503
         assert SAYS in response.read()
         assert response.getheader("retry-after")
+        connection.close()
+
+
+def test_what_cannot_be_told_is_answered_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that hangs elsewhere than in the engine."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hang() -> list[InstalledModel]:
+        entered.set()
+        go_on.wait(60)
+        return []
+
+    with running(drain_s=0.05) as server:
+        monkeypatch.setattr(server.thread.models, "installed_models", hang)
+        connection = server.connect()
+        connection.request("GET", "/v1/models")
+        assert entered.wait(60)
+        stopping = threading.Thread(target=server.thread.stop)
+        stopping.start()
+        response = connection.getresponse()
+        assert response.status == 503 and SAYS in response.read()
+        go_on.set()
+        stopping.join(60)
         connection.close()
 
 
