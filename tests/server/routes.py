@@ -16,7 +16,7 @@ from app.server.application import create_app
 
 from .conftest import SMOL, FakeModels, Switchboard
 
-_TEXTS = ("messages", "prompt", "input")
+_TEXTS = ("messages", "prompt", "input", "content")
 
 
 @cache
@@ -61,12 +61,11 @@ class Route:
         return "stream" in (self.schema or {}).get("properties", {})
 
     def body(self, **more: Any) -> dict[str, Any] | None:
-        """The required fields, what is asked, and `more`; a dialect's text is "Hello"."""
+        """A small one, and `more`; a dialect's text is "Hello"."""
         if self.schema is None:
             return None
-        fields = self.schema.get("properties", {})
-        asked = {key: example(fields[key], key) for key in _TEXTS if key in fields}
-        return asked | example(self.schema) | more
+        body: dict[str, Any] = example(self.schema) | more
+        return body
 
     def encoded(self, **more: Any) -> bytes:
         body = self.body(**more)
@@ -74,7 +73,7 @@ class Route:
 
 
 def example(schema: dict[str, Any], name: str = "") -> Any:
-    """JSON that fits `schema`, with required fields only."""
+    """JSON that fits `schema`: the required fields, and those that hold what is asked."""
     for several in ("anyOf", "oneOf"):
         if several in schema:
             return example(schema[several][0], name)
@@ -86,11 +85,12 @@ def example(schema: dict[str, Any], name: str = "") -> Any:
         case "object":
             required = schema.get("required", [])
             fields = schema.get("properties", {})
-            return {key: example(fields.get(key, {}), key) for key in required}
+            keys = [*required, *(key for key in _TEXTS if key in fields and key not in required)]
+            return {key: example(fields.get(key, {}), key) for key in keys}
         case "array":
             return [example(schema.get("items", {}), name)]
         case "integer" | "number":
-            return 1000 if name.startswith("max") else schema.get("minimum", 1)
+            return 1000 if name.startswith("max") else int(schema.get("minimum", 1))
         case "boolean":
             return False
     return SMOL.name if name == "model" else "Hello"
