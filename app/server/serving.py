@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
 import math
-import os
 import signal
 import ssl
 import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from io import TextIOWrapper
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from socket import AF_UNIX, gethostname, socket
 from typing import Any, cast
@@ -24,7 +20,7 @@ import uvicorn
 from app import paths
 from app.errors import GryphonError
 from app.library import installed
-from app.server import connections, tls
+from app.server import connections, log_file, tls
 from app.server.application import KEEP_ALIVE_S, create_app
 from app.server.errors import log_fault
 from app.server.generation import Ending, Engine, Models
@@ -128,7 +124,7 @@ class _Endpoint:
             else listen(options.host, options.port, has_key=options.api_key is not None)
         )
         try:
-            _configure_logging(access_log=options.access_log)
+            log_file.configure(access_log=options.access_log)
         except BaseException:
             self.close_sockets()
             raise
@@ -308,51 +304,6 @@ class ServerThread:
             self._fault = error
         finally:
             self._ready.set()
-
-
-class _PrivateLogFile(RotatingFileHandler):
-    """A log that only its owner reads, 1 MiB and one older file of the same size."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, maxBytes=2**20, backupCount=1, encoding="utf-8", delay=True)
-
-    def _open(self) -> TextIOWrapper:
-        def private(path: str, flags: int) -> int:
-            return os.open(path, flags, 0o600)
-
-        return open(self.baseFilename, "a", encoding=self.encoding, opener=private)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Say nothing: a full disk must not print tracebacks over the chat."""
-
-
-def _configure_logging(*, access_log: bool) -> None:
-    """Warnings to the state directory's server.log, and nothing of them to the terminal."""
-    log_file = _PrivateLogFile(paths.state_dir() / "server.log")
-    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in ("app.server", "uvicorn"):
-        logger = logging.getLogger(name)
-        for old in logger.handlers[:]:
-            logger.removeHandler(old)
-            old.close()
-        logger.addHandler(log_file)
-        logger.setLevel(logging.WARNING)
-        logger.propagate = False
-    if access_log:
-        access = logging.getLogger("uvicorn.access")
-        access.handlers = [logging.StreamHandler()]
-        access.setLevel(logging.INFO)
-        access.propagate = False
-        access.filters = [_without_query]
-
-
-def _without_query(record: logging.LogRecord) -> bool:
-    """Cut the query from uvicorn's line: no route of ours takes one, but some clients put their
-    key there."""
-    if isinstance(record.args, tuple) and len(record.args) == 5:
-        client, method, path, version, status = record.args
-        record.args = (client, method, str(path).partition("?")[0], version, status)
-    return True
 
 
 def _log_loop_fault(_loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
