@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from app.engine.client import EngineClient
 from app.engine.protocol import Event, GenerationRequest
 from app.library.installed import InstalledModel
@@ -27,8 +29,7 @@ class Endless(FakeEngine):
     """Answers "Hello there." to all but those who ask for more."""
 
     def stream(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        texts = [request.prompt or "", *(one.content for one in request.messages or [])]
-        if any("endless" in text for text in texts):
+        if b"endless" in msgspec.json.encode(request):
             self.answers = [["a", asyncio.Event()]]
         return super().stream(request)
 

@@ -96,14 +96,14 @@ def example(schema: dict[str, Any], name: str = "") -> Any:
     return SMOL.name if name == "model" else "Hello"
 
 
-def _routes(of: Any) -> Iterator[Route]:
+def _routes(of: Any, prefix: str = "") -> Iterator[Route]:
     for route in of.routes:
         if hasattr(route, "original_router"):  # FastAPI's wrapper of one that was included
-            yield from _routes(route.original_router)
+            yield from _routes(route.original_router, prefix + route.include_context.prefix)
         for method in sorted(getattr(route, "methods", None) or ()):
-            yield Route(method, route.path)
+            yield Route(method, prefix + route.path)
 
 
-ROUTES = list(_routes(application()))
+ROUTES = list(dict.fromkeys(_routes(application())))
 POSTS = [route for route in ROUTES if route.method == "POST"]
 STREAMS = [route for route in POSTS if route.is_streamed]

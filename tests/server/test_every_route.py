@@ -57,7 +57,10 @@ def test_there_are_routes() -> None:
     assert {"/health", "/metrics", "/docs", "/openapi.json"} <= {route.path for route in ROUTES}
     documented = {(method.upper(), path) for path, one in PATHS.items() for method in one}
     hidden = {"/openapi.json", *OPEN}
-    assert {(one.method, one.documented) for one in ROUTES if one.path not in hidden} == documented
+    there = {(one.method, one.documented) for one in ROUTES if one.path not in hidden}
+    assert documented <= there
+    # Of what else is answered, the document leaves out no more than HEAD.
+    assert {method for method, path in there - documented} <= {"HEAD"}
     # Guards know http only.
     assert not [one for one in application().routes if "websocket" in type(one).__name__.lower()]
 
@@ -111,7 +114,7 @@ def test_without_the_key_nothing_is_answered(guarded: Server, route: Route) -> N
 def test_the_key_opens_it(guarded: Server, route: Route) -> None:
     guarded.board.current = ScriptedEngine()
     for headers in ({"Authorization": f"Bearer {KEY}"}, {"X-Api-Key": KEY}):
-        assert ask(guarded, route, headers).status not in (401, 415)
+        assert ask(guarded, route, headers).status != 401
 
 
 @every_post

@@ -79,7 +79,7 @@ def test_no_path_is_looked_at(library: tuple[Server, Path], name: str) -> None:
         if "{" in route.path and "\x00" not in model and "\n" not in model and " " not in model:
             quoted = model.replace("%", "%25").replace("\\", "%5C")
             path = re.sub(r"\{[^}]*\}", lambda _, name=quoted: name, route.path)  # type: ignore[misc]
-            reply = server.call(route.method, path)
+            reply = server.call(route.method, path, {} if route.method == "POST" else None)
             assert reply.status in (403, 404), (route, reply)
     assert server.board.current.requests == []
 

@@ -137,8 +137,8 @@ def add_lines(draw: random.Random, data: bytes) -> bytes:
 
 
 def other_target(draw: random.Random, data: bytes) -> bytes:
-    method, _, others = data.split(b" ", 2)
-    return b" ".join([method, draw.choice(TARGETS), others])
+    method, _, others = data.partition(b" ")
+    return b" ".join([method, draw.choice(TARGETS), others.partition(b" ")[2]])
 
 
 def other_method(draw: random.Random, data: bytes) -> bytes:
