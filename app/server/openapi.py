@@ -32,6 +32,8 @@ _WITH_BODY_ONLY = (408, 413, 415)
 _STREAMS = {"/api/": "application/x-ndjson"}
 _OBJECT = {"type": "object"}
 _TEXT = {"schema": {"type": "string"}}
+_ANY_BODY = {"required": True, "content": {"application/json": {"schema": _OBJECT}}}
+"""Of a route that reads none: it must be declared as JSON all the same."""
 
 
 def complete(app: FastAPI, *, has_key: bool) -> None:
@@ -64,6 +66,8 @@ def _complete(document: dict[str, Any], has_key: bool) -> None:
     for path, operations in document["paths"].items():
         for method in _METHODS:
             if method in operations:
+                if method == "post":
+                    operations[method].setdefault("requestBody", _ANY_BODY)
                 operations[method]["responses"] = _responses(path, method, operations[method])
 
 

@@ -43,10 +43,10 @@ def test_every_answer_is_described(route: Route) -> None:
 
 @pytest.mark.parametrize("route", POSTS, ids=str)
 def test_every_body_is_described(server: Server, route: Route) -> None:
-    if route.schema is None:  # only where it does not matter: the command line does this
+    if not route.operation:  # only where it does not matter: the command line does this
         assert server.post(route.url, {}).status == 403
         return
-    assert route.schema["type"] == "object"
+    assert route.schema is not None and route.schema["type"] == "object"
     jsonschema.Draft202012Validator.check_schema(route.schema)
     jsonschema.validate(route.body(), route.schema)
 
