@@ -249,13 +249,13 @@ def _provoke(port: int) -> bytes:
         ("GET", f"/{WORD}", None, key),
     ]
     for route in POSTS:
-        for more in ({}, {"model": "nope"}, {"no_such": WORD}, {"stream": True}, {"stop": [WORD]}):
-            text = json.dumps(route.body(**more)).replace("Hello", WORD)
+        for more in ({}, {"model": "nope"}, {"no_such": WORD}, {"stream": True}):
+            # A prompt that leaves little of the context to answer in.
+            text = json.dumps(route.body(**more)).replace("Hello", WORD * 50)
             asked.append(("POST", route.url, text, key))
-            asked.append(("POST", route.url, text[:-1], key))
-        asked.append(
-            ("POST", route.url, json.dumps(route.body()).replace("Hello", WORD * 500), key)
-        )
+        asked.append(("POST", route.url, text[:-1], key))
+        too_long = json.dumps(route.body()).replace("Hello", WORD * 500)
+        asked.append(("POST", route.url, too_long, key))
     said = b""
     for method, path, body, headers in asked:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
