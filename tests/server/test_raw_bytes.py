@@ -195,8 +195,8 @@ def send(server: Child, seed: int) -> tuple[bytes, str]:
                     break  # answered before its end
             if draw.random() < 0.2:
                 connection.shutdown(socket.SHUT_WR)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
+        except OSError:
+            pass  # it was answered, and closed, before its end
         answer = b""
         try:
             while _is_readable(connection, PATIENCE_S if not answer else 0.05):
