@@ -27,7 +27,7 @@ EXAMPLES = 6
 """Per operation and run of CI. The phases that are the same each time are left to scripts/prove."""
 
 
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(150 * SCALE)
 def test_no_answer_but_those_described(
     home: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

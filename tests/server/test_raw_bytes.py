@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ..rounds import rounds
+from ..rounds import SCALE, rounds
 from .children import Child, child
 from .routes import ROUTES
 
@@ -213,7 +213,7 @@ def _is_readable(connection: socket.socket, timeout_s: float) -> bool:
     return bool(select.select([connection], [], [], timeout_s)[0])
 
 
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(150 * SCALE)
 def test_bytes_that_no_client_would_send(
     home: Path, record_property: Callable[[str, object], None]
 ) -> None:
