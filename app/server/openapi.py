@@ -30,6 +30,8 @@ _ERRORS = {
 _WITH_BODY_ONLY = (408, 413, 415)
 
 _STREAMS = {"/api/": "application/x-ndjson"}
+# llama.cpp answers a list where several completions were asked for.
+_SHAPES = {"/infill": {"type": ["object", "array"]}}
 _OBJECT = {"type": "object"}
 _TEXT = {"schema": {"type": "string"}}
 _ANY_BODY = {"required": True, "content": {"application/json": {"schema": _OBJECT}}}
@@ -93,7 +95,8 @@ def _responses(path: str, method: str, operation: dict[str, Any]) -> dict[str, A
 
 
 def _success(path: str, operation: dict[str, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": _OBJECT}}
+    schema = _SHAPES.get(path, _OBJECT)
+    content: dict[str, Any] = {"application/json": {"schema": schema}}
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
     if "stream" in body.get("schema", {}).get("properties", {}):
         kinds = (kind for begin, kind in _STREAMS.items() if path.startswith(begin))
