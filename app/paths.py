@@ -15,7 +15,7 @@ from app.errors import GryphonError
 from app.settings import Settings
 
 # sun_path holds 104 bytes on macOS and 108 on Linux, the closing zero included.
-_MAX_SOCKET_PATH = 103
+MAX_SOCKET_PATH = 103
 
 
 def _private(path: Path) -> Path:
@@ -142,7 +142,7 @@ def engine_socket() -> Path:
         GryphonError: the short directory exists and belongs to somebody else.
     """
     path = state_dir() / "engine.sock"
-    if len(os.fsencode(path)) <= _MAX_SOCKET_PATH:
+    if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
         return path
     name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     short = Path("/tmp") / f"gryphon-{os.getuid()}-{name}"  # not TMPDIR, which may be long itself

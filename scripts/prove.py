@@ -37,6 +37,15 @@ PROOFS = {
     ),
     "soak": ("random load on a small machine leaves nothing", "tests/engine/test_soak.py"),
     "crash": ("kill -9 of the engine at every stage", "tests/engine/test_crash.py"),
+    "conformance": (
+        "the endpoint keeps to its OpenAPI document: schemathesis, all checks",
+        "tests/server/test_conformance.py",
+    ),
+    "fuzz": ("bytes that no client would send harm nothing", "tests/server/test_raw_bytes.py"),
+    "disconnects": (
+        "clients that leave at any byte free their rows",
+        "tests/server/test_disconnects.py",
+    ),
 }
 """What each shows, and the tests that show it."""
 

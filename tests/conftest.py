@@ -38,6 +38,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # A test may be skipped for these reasons and no other: "green" must mean that it ran.
 ALLOWED_SKIPS = (
     "tmux is not installed",  # elsewhere than in CI, which installs it
+    "Node is not installed",  # likewise
     "the embedded model cannot be fetched",  # no package index in reach
     "answers batches of RecurrentGemma correctly",  # mlx-lm, of which we say that it does not
     "only the Metal host sees what a kernel does",  # on a Mac, where the kernels meet the GPU

@@ -77,7 +77,23 @@ def _server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
     group.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"default: {DEFAULT_PORT}")
     group.add_argument(
-        "--api-key", metavar="KEY", help="required of every request; needed off loopback"
+        "--socket", type=Path, metavar="PATH",
+        help="a UNIX socket instead of host and port, for your own programs only",
+    )  # fmt: skip
+    key = group.add_mutually_exclusive_group()
+    key.add_argument(
+        "--api-key", metavar="KEY",
+        help="required of every request; better in GRYPHON_API_KEY, which no process list shows",
+    )  # fmt: skip
+    key.add_argument(
+        "--generate-key", action="store_true",
+        help="require a new key that Gryphon makes and keeps; off loopback it has one anyway",
+    )  # fmt: skip
+    group.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="serve https with this PEM certificate"
+    )
+    group.add_argument(
+        "--tls-key", type=Path, metavar="FILE", help="its key; default: in the certificate's file"
     )
     group.add_argument(
         "--allow-origin", action="append", default=[], metavar="ORIGIN",

@@ -11,6 +11,7 @@ from app.engine.client import EngineClient
 from app.errors import GryphonError
 from app.library import embedded
 from app.library.installed import InstalledModel, find_model
+from app.server import api_key, listening
 from app.server.serving import ServerOptions, ServerThread, serve_forever
 from app.settings import Settings
 
@@ -19,10 +20,27 @@ def _options(arguments: argparse.Namespace, *, access_log: bool = False) -> Serv
     return ServerOptions(
         host=arguments.host,
         port=arguments.port,
+        socket=arguments.socket,
+        tls_certificate=arguments.tls_cert,
+        tls_key=arguments.tls_key,
         allow_origins=arguments.allow_origin,
-        api_key=arguments.api_key or Settings.from_environment().api_key,
+        api_key=_api_key(arguments),
         access_log=access_log,
     )
+
+
+def _api_key(arguments: argparse.Namespace) -> str | None:
+    """The key that is given; off loopback, or when asked for, one that Gryphon makes and keeps."""
+    if not arguments.generate_key:
+        given = arguments.api_key or Settings.from_environment().api_key
+        if given is not None or arguments.socket or not listening.is_open(arguments.host):
+            return given
+        if (kept := api_key.kept()) is not None:
+            print(f"The API key is the one in {api_key.path()}.", file=sys.stderr)
+            return kept
+    made = api_key.make()
+    print(f"API key, kept in {api_key.path()} and not shown again: {made}", file=sys.stderr)
+    return made
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -63,7 +81,8 @@ def serve(arguments: argparse.Namespace) -> int:
     model = model_for(None, yes=arguments.yes)
 
     def on_ready(url: str) -> None:
-        print(f"Serving on {url}  (OpenAI-compatible base URL: {url}/v1)", file=sys.stderr)
+        at = "" if options.socket else f"  (OpenAI-compatible base URL: {url}/v1)"
+        print(f"Serving on {url}{at}", file=sys.stderr)
         print(f"Default model: {model.name}. Ctrl-C stops.", file=sys.stderr, flush=True)
 
     serve_forever(EngineClient, options, on_ready=on_ready)

@@ -1,9 +1,9 @@
-"""The FastAPI application: guards, errors, `/health`, `/metrics` and the dialects."""
+"""The FastAPI application: guards, errors, the routes of our own and the dialects."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -16,17 +16,19 @@ from app.errors import GryphonError
 from app.library import installed
 from app.server import (
     anthropic,
+    docs,
     embeddings,
     llama_cpp,
     metrics,
     ollama,
     ollama_embeddings,
     openai,
+    openapi,
     responses,
     security,
 )
 from app.server.errors import ApiError, CatchFaults, ErrorResponse, JsonResponse, log_fault
-from app.server.generation import Backend, Engine, Models
+from app.server.generation import Backend, Ending, Engine, Models
 
 KEEP_ALIVE_S = 10.0
 _HEALTH_TIMEOUT_S = 0.25
@@ -36,10 +38,14 @@ def create_app(
     engine: Engine,
     *,
     models: Models = installed,
+    ending: Ending | None = None,
     allow_hosts: Iterable[str] = (),
     allow_ip_hosts: bool = False,
     allow_origins: Iterable[str] = (),
     api_key: str | None = None,
+    at_path: bool = False,
+    is_full: Callable[[], bool] = lambda: False,
+    body_timeout_s: float = security.BODY_TIMEOUT_S,
     keep_alive_s: float = KEEP_ALIVE_S,
 ) -> FastAPI:
     """The endpoint over `engine`, which is started by the first generation and never closed here.
@@ -47,6 +53,7 @@ def create_app(
     Args:
         engine: Used from the event loop that serves the application.
         models: Looks installed models up, in threads.
+        ending: Told when running answers should end.
         keep_alive_s: Silence after which a stream carries a comment.
 
     The other arguments are those of `security.guards`.
@@ -65,6 +72,10 @@ def create_app(
                 allow_ip_hosts=allow_ip_hosts,
                 allow_origins=allow_origins,
                 api_key=api_key,
+                public=docs.PATHS,
+                at_path=at_path,
+                is_full=is_full,
+                body_timeout_s=body_timeout_s,
             ),
         ],
     )
@@ -78,9 +89,11 @@ def create_app(
         return JsonResponse({"status": "ok", "engine": state, "model": model})
 
     app.include_router(metrics.router(engine))
-    backend = Backend(engine, models, keep_alive_s)
+    app.include_router(docs.router())
+    backend = Backend(engine, models, keep_alive_s, ending or Ending())
     for dialect in (anthropic, openai, responses, embeddings, llama_cpp, ollama, ollama_embeddings):
         app.include_router(dialect.router(backend))
+    openapi.complete(app, has_key=api_key is not None)
     return app
 
 

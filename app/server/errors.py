@@ -6,6 +6,7 @@ sentence for a person; a traceback goes to the log at most.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import traceback
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -45,6 +47,8 @@ _STATUS = {
     "engine_stopped": 503,
     "model_crashes_engine": 503,
     "cancelled": 503,
+    "server_stopping": 503,
+    "client_too_slow": 503,
 }
 """HTTP status by error code; any other code is our fault: 500."""
 
@@ -141,9 +145,20 @@ _BODIES: dict[str, Callable[[ApiError], dict[str, Any]]] = {
 """Shapes by how the path begins; OpenAI's everywhere else."""
 
 
+def error_body(path: str, error: ApiError) -> dict[str, Any]:
+    """The JSON object for `error` on a route: in its dialect's shape."""
+    shapes = (shape for begin, shape in _BODIES.items() if path.startswith(begin))
+    return next(shapes, openai_body)(error)
+
+
 def internal_error() -> ApiError:
     """What a client learns about a fault of ours."""
     return ApiError(500, "internal_error", "Internal error in Gryphon; its server log says more.")
+
+
+def server_stopping() -> ApiError:
+    """What a client learns whose answer is not ready when the server stops."""
+    return ApiError(503, "server_stopping", "Gryphon is closing, so the answer ends here.")
 
 
 def log_fault(where: str, error: BaseException) -> None:
@@ -174,9 +189,7 @@ class ErrorResponse(JsonResponse):
         super().__init__(openai_body(self.error), self.error.status, self.extra_headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
-        shapes = (shape for begin, shape in _BODIES.items() if path.startswith(begin))
-        body = next(shapes, openai_body)(self.error)
+        body = error_body(scope["path"], self.error)
         whole = JsonResponse(body, self.error.status, self.extra_headers)
         await whole(scope, receive, send)
 
@@ -205,6 +218,12 @@ class CatchFaults:
 
         try:
             await self.app(scope, receive, watched_send)
+        except ClientDisconnect:
+            pass  # left before its body was whole: nobody is there to be answered
+        except asyncio.CancelledError:
+            # By uvicorn, which stops and has waited long enough; nothing else waits for the end.
+            if not started:
+                await ErrorResponse(server_stopping())(scope, receive, send)
         except Exception as error:
             log_fault("request failed", error)
             if not started:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -39,7 +39,7 @@ from app.engine.protocol import (
 from app.errors import GryphonError
 from app.library.infill import infill_models
 from app.library.installed import InstalledModel
-from app.server.errors import ApiError, internal_error, log_fault
+from app.server.errors import ApiError, internal_error, log_fault, server_stopping
 
 _STATUS_TIMEOUT_S = 0.25
 
@@ -82,6 +82,38 @@ class Models(Protocol):
     ) -> InstalledModel: ...
 
 
+MAX_UNREAD_BYTES = 4 * 1024 * 1024
+"""Of an answer, waiting for a client that does not read: minutes of it. The engine does not wait
+for one client, since its rows compute together; one that is further behind is let go."""
+
+_EVENT_BYTES = 256
+
+
+class Ending:
+    """Tells the answers under way when the server stops, so that each can end in its own words."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self._told: set[Callable[[], None]] = set()
+
+    def begin(self) -> None:
+        """Tell them, and those that come later at once. Idempotent."""
+        self.has_begun = True
+        for tell in list(self._told):
+            tell()
+
+    @contextmanager
+    def telling(self, tell: Callable[[], None]) -> Iterator[None]:
+        """Have `tell` called when it begins, from the event loop."""
+        self._told.add(tell)
+        try:
+            if self.has_begun:
+                tell()
+            yield
+        finally:
+            self._told.remove(tell)
+
+
 @dataclass(frozen=True)
 class Backend:
     """What a dialect answers from."""
@@ -89,6 +121,7 @@ class Backend:
     engine: Engine
     models: Models
     keep_alive_s: float
+    ending: Ending = field(default_factory=Ending)
 
     async def installed_models(self) -> list[InstalledModel]:
         # Reading the models' files takes milliseconds to seconds: not on the event loop.
@@ -239,49 +272,89 @@ _Heard = Accepted | Token | ToolCall | Finished | Failed
 
 
 async def audible(
-    engine: Engine, requests: Sequence[GenerationRequest], silence_s: float
+    backend: Backend, requests: Sequence[GenerationRequest]
 ) -> AsyncGenerator[tuple[int, _Heard | None], None]:
     """What a client hears of each request, with its number, up to all ends or the first failure.
 
-    The event is None whenever `silence_s` passed without any token, tool call or end. Closing the
-    generator cancels the requests.
+    The event is None whenever `backend.keep_alive_s` passed without any token, tool call or end.
+    It fails where more than MAX_UNREAD_BYTES wait to be taken, and when the server stops. Closing
+    the generator cancels the requests.
     """
     # One task per request runs the engine's iterator from first to last step, so that a wait which
-    # times out never cancels it. A queue of one: a slow reader of ours is a slow reader of the
-    # engine's.
-    queue: asyncio.Queue[tuple[int, _Heard]] = asyncio.Queue(maxsize=1)
+    # times out never cancels it. The tasks take events as they come: where they wait for a slow
+    # client, here or in the engine's client, is all the same, and here they are counted.
+    queue: asyncio.Queue[tuple[int, _Heard]] = asyncio.Queue()
+    unread = 0
 
     async def forward(number: int, request: GenerationRequest) -> None:
+        nonlocal unread
         async with aclosing(
-            cast("AsyncGenerator[Event, None]", _events(engine, request))
+            cast("AsyncGenerator[Event, None]", _events(backend.engine, request))
         ) as events:
             async for event in events:
                 # Progress does not count: a client needs to hear something all the same.
-                if isinstance(event, _Heard):
-                    await queue.put((number, event))
+                if not isinstance(event, _Heard):
+                    continue
+                unread += _size(event)
+                if unread > MAX_UNREAD_BYTES:
+                    queue.put_nowait((number, _too_slow(request)))
+                    return
+                queue.put_nowait((number, event))
+                if queue.qsize() > 1:
+                    await asyncio.sleep(0)  # an engine that never waits leaves a turn to others
+
+    def end() -> None:
+        queue.put_nowait((0, _stopping(requests[0])))
 
     forwarding = [asyncio.create_task(forward(*one)) for one in enumerate(requests)]
     running = len(requests)
     try:
-        heard_at = asyncio.get_running_loop().time()
-        while running:
-            try:
-                async with asyncio.timeout_at(heard_at + silence_s):
-                    number, event = await queue.get()
-            except TimeoutError:
-                yield 0, None
-                heard_at = asyncio.get_running_loop().time()
-                continue
-            yield number, event
-            if isinstance(event, Failed):
-                return
-            if not isinstance(event, Accepted):
-                heard_at = asyncio.get_running_loop().time()
-            running -= isinstance(event, Finished)
+        with backend.ending.telling(end):
+            heard_at = asyncio.get_running_loop().time()
+            while running:
+                try:
+                    async with asyncio.timeout_at(heard_at + backend.keep_alive_s):
+                        number, event = await queue.get()
+                except TimeoutError:
+                    yield 0, None
+                    heard_at = asyncio.get_running_loop().time()
+                    continue
+                unread -= _size(event)
+                yield number, event
+                if isinstance(event, Failed):
+                    return
+                if not isinstance(event, Accepted):
+                    heard_at = asyncio.get_running_loop().time()
+                running -= isinstance(event, Finished)
     finally:
         for task in forwarding:
             task.cancel()
         await asyncio.wait(forwarding)
+
+
+def _size(event: _Heard) -> int:
+    """About how many bytes an event takes."""
+    match event:
+        case Token():
+            text = len(event.text) + len(event.reasoning)
+            return _EVENT_BYTES * (1 + len(event.top)) + text
+        case ToolCall():
+            return _EVENT_BYTES + len(event.arguments)
+    return _EVENT_BYTES
+
+
+def _too_slow(request: GenerationRequest) -> Failed:
+    return Failed(
+        request.id,
+        "client_too_slow",
+        f"This client is more than {MAX_UNREAD_BYTES // 2**20} MiB behind its answer, which was "
+        "therefore ended. Read it as it comes.",
+    )
+
+
+def _stopping(request: GenerationRequest) -> Failed:
+    error = server_stopping()
+    return Failed(request.id, error.code, error.message)
 
 
 def _failure(event: _Heard | None) -> ApiError | None:
@@ -334,7 +407,7 @@ class GenerationResponse(Response):
             answering.result()
 
     def _audible(self) -> AsyncGenerator[tuple[int, _Heard | None], None]:
-        return audible(self.backend.engine, self.requests, self.backend.keep_alive_s)
+        return audible(self.backend, self.requests)
 
     async def _whole(self, send: Send) -> None:
         choices = [Choice() for _ in self.requests]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
+import os
 import socket
+import stat
 import urllib.request
+from pathlib import Path
 
 from app.errors import GryphonError
+from app.paths import MAX_SOCKET_PATH
 
 DEFAULT_HOST = "localhost"
 DEFAULT_PORT = 11500
@@ -26,11 +31,12 @@ def listen(host: str, port: int, *, has_key: bool) -> list[socket.socket]:
     if not 0 <= port <= 65535:
         raise GryphonError("invalid_port", f"The port should be 0 to 65535, got {port}.")
     addresses = _addresses(host)
-    if not has_key and not all(map(is_loopback, addresses)):
+    if not has_key and is_open(host):
         raise GryphonError(
             "api_key_required",
             f"{host} can be reached from the network, so an API key is needed: "
-            "set one, or serve on localhost.",
+            "set GRYPHON_API_KEY, let `gryphon serve --generate-key` make one, or serve on "
+            "localhost.",
         )
     # With port 0 the second address may find the first one's port taken: then another one is drawn.
     for _ in range(1 if port else 20):
@@ -55,15 +61,96 @@ def listen(host: str, port: int, *, has_key: bool) -> list[socket.socket]:
     raise GryphonError("port_in_use", f"No free port was found on {host}.")
 
 
+def listen_at(path: Path) -> socket.socket:
+    """A UNIX socket that listens at `path`, for its owner only; one that nobody uses any more is
+    replaced.
+
+    Raises:
+        GryphonError: "socket_in_use", or "invalid_socket": the path is too long, its directory is
+            missing or not writable, or something else has the name.
+    """
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise GryphonError(
+            "invalid_socket",
+            f"{path} is too long for a UNIX socket: {len(os.fsencode(path))} bytes, where "
+            f"{MAX_SOCKET_PATH} fit. Choose a shorter one.",
+        )
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        listener.bind(os.fspath(path))
+        # Nobody can connect before `listen`, so there is no moment at which others could.
+        os.chmod(path, 0o600)
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise GryphonError(
+            "invalid_socket", f"Cannot listen at {path}: {error.strerror or error}."
+        ) from error
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    """Make way for a socket: remove one that nobody listens at, refuse to touch anything else."""
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.getuid():
+        raise GryphonError(
+            "invalid_socket",
+            f"{path} is there already and is not a socket of yours, so it is left alone. "
+            "Choose another name, or remove it.",
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError:
+            pass  # somebody is there, and busy
+    raise GryphonError(
+        "socket_in_use", f"Another program listens at {path}. Use that one, or choose another name."
+    )
+
+
+def unlink(listener: socket.socket) -> None:
+    """Remove the name of a UNIX socket; others have none. To be called while it still listens:
+    until then no other Gryphon takes the name."""
+    if listener.family != socket.AF_UNIX:
+        return
+    with contextlib.suppress(OSError):
+        path = Path(listener.getsockname())
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()
+
+
+def is_open(host: str) -> bool:
+    """Whether other machines may reach `host`.
+
+    Raises:
+        GryphonError: "invalid_host".
+    """
+    return not all(map(is_loopback, _addresses(host)))
+
+
 def is_loopback(address: str) -> bool:
     """Whether only this machine can reach `address`, an IP address."""
     return ipaddress.ip_address(address).is_loopback
 
 
-def url_of(listener: socket.socket) -> str:
-    """http://ADDRESS:PORT"""
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
+    """SCHEME://ADDRESS:PORT, or unix:PATH"""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
     address, port = listener.getsockname()[:2]
-    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+    return f"{scheme}://[{address}]:{port}" if ":" in address else f"{scheme}://{address}:{port}"
 
 
 def _addresses(host: str) -> list[str]:

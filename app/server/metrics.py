@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
@@ -21,7 +22,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from app import __version__
 from app.engine.protocol import Counters, EngineStatus, Histogram
@@ -36,7 +37,10 @@ def router(engine: Engine) -> APIRouter:
     """The route over `engine`, which a scrape never starts."""
     routes = APIRouter()
 
-    @routes.get("/metrics", tags=["Gryphon"])
+    text = {"application/openmetrics-text": {"schema": {"type": "string"}}}
+    answers: dict[int | str, dict[str, Any]] = {200: {"content": text}}
+
+    @routes.get("/metrics", tags=["Gryphon"], response_class=PlainTextResponse, responses=answers)
     async def metrics(request: Request) -> Response:
         """Counters, gauges and histograms of the engine and of this process."""
         registry = CollectorRegistry(auto_describe=False)

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
+import functools
+import math
 import signal
+import ssl
 import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from io import TextIOWrapper
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from socket import gethostname, socket
+from socket import AF_UNIX, gethostname, socket
+from typing import Any, cast
 
 import uvicorn
 
 from app import paths
 from app.errors import GryphonError
 from app.library import installed
+from app.server import connections, log_file, tls
 from app.server.application import KEEP_ALIVE_S, create_app
 from app.server.errors import log_fault
-from app.server.generation import Engine, Models
-from app.server.listening import DEFAULT_HOST, DEFAULT_PORT, is_loopback, listen, url_of
+from app.server.generation import Ending, Engine, Models
+from app.server.listening import (
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    is_loopback,
+    listen,
+    listen_at,
+    unlink,
+    url_of,
+)
+from app.server.security import BODY_TIMEOUT_S
 
-_DRAIN_S = 1
-"""How long running answers may go on after the server was told to stop."""
+_DRAIN_S = 1.0
+"""How long running answers may go on after the server was told to stop. After that they end as
+their dialect ends a failed answer, for which clients have another second to read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,12 @@ class ServerOptions:
     """"localhost" or 127.0.0.1: both loopback addresses where there are two."""
     port: int = DEFAULT_PORT
     """0: any free one."""
+    socket: Path | None = None
+    """A UNIX socket to listen at instead, for this user's programs only."""
+    tls_certificate: Path | None = None
+    """PEM file; with it the endpoint speaks https, and http no more."""
+    tls_key: Path | None = None
+    """PEM file; None: the key is in the certificate's file."""
     allow_origins: Collection[str] = ()
     allow_hosts: Collection[str] = ()
     api_key: str | None = None
@@ -45,18 +62,44 @@ class ServerOptions:
     """One line per request, without bodies, on standard error."""
     keep_alive_s: float = KEEP_ALIVE_S
     """Silence after which a stream carries a comment."""
+    max_connections: int = connections.MAX_CONNECTIONS
+    """At a time; beyond it those that rest make room, and requests get 503 where none does."""
+    head_timeout_s: float = connections.HEAD_TIMEOUT_S
+    """How long the head of a request may take to come."""
+    body_timeout_s: float = BODY_TIMEOUT_S
+    """How long its body may."""
+    drain_s: float = _DRAIN_S
+    """How long running answers may go on after the server was told to stop."""
 
 
 class _Server(uvicorn.Server):
     """uvicorn, telling when it accepts connections and leaving signals to whoever runs it."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_ready: Callable[[], None],
+        drain_s: float,
+        ending: Ending,
+    ) -> None:
         super().__init__(config)
         self.on_ready = on_ready
+        self.drain_s = drain_s
+        self.ending = ending
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets)
         self.on_ready()
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        drained = loop.call_later(0 if self.force_exit else self.drain_s, self.ending.begin)
+        for one in sockets or []:
+            unlink(one)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            drained.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -74,26 +117,38 @@ class _Endpoint:
         self.engine_factory = engine_factory
         self.models = models
         self.server: _Server | None = None
-        self.sockets = listen(options.host, options.port, has_key=options.api_key is not None)
+        self.tls = _tls(options)
+        self.sockets = (
+            [listen_at(options.socket)]
+            if options.socket is not None
+            else listen(options.host, options.port, has_key=options.api_key is not None)
+        )
         try:
-            _configure_logging(access_log=options.access_log)
+            log_file.configure(access_log=options.access_log)
         except BaseException:
             self.close_sockets()
             raise
-        self.url = url_of(self.sockets[0])
+        self.url = url_of(self.sockets[0], "http" if self.tls is None else "https")
 
     async def serve(self, on_ready: Callable[[], None]) -> None:
         """Serve until `stop`; the engine object is made and closed in this event loop."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_log_loop_fault)
-        off_loopback = not all(is_loopback(one.getsockname()[0]) for one in self.sockets)
+        at_path = self.sockets[0].family == AF_UNIX
+        off_loopback = not at_path and not all(
+            is_loopback(one.getsockname()[0]) for one in self.sockets
+        )
         own_name = gethostname().lower()
         async with contextlib.AsyncExitStack() as leaving:
             leaving.callback(self.close_sockets)
             engine = self.engine_factory()
             leaving.push_async_callback(engine.close)
+            ending = Ending()
             app = create_app(
                 engine,
+                ending=ending,
+                is_full=self.is_full,
+                at_path=at_path,
                 models=self.models,
                 allow_hosts=[
                     *self.options.allow_hosts,
@@ -102,22 +157,31 @@ class _Endpoint:
                 allow_ip_hosts=off_loopback,
                 allow_origins=self.options.allow_origins,
                 api_key=self.options.api_key,
+                body_timeout_s=self.options.body_timeout_s,
                 keep_alive_s=self.options.keep_alive_s,
             )
+            connection = functools.partial(
+                connections.Connection,
+                most=self.options.max_connections,
+                head_timeout_s=self.options.head_timeout_s,
+            )
+            connections.allow_open_files(self.options.max_connections)
             config = uvicorn.Config(
                 app,
                 # Fixed, so that a parser that happens to be installed changes nothing; there are
                 # no websocket routes, and the guards know http only.
-                http="h11",
+                http=cast(Any, connection),
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=self.options.access_log,
                 proxy_headers=False,
                 server_header=False,
-                timeout_graceful_shutdown=_DRAIN_S,
+                timeout_keep_alive=connections.REST_S,
+                timeout_graceful_shutdown=math.ceil(self.options.drain_s) + 1,
+                ssl_context_factory=None if self.tls is None else self._tls_context,
             )
-            self.server = _Server(config, on_ready)
+            self.server = _Server(config, on_ready, self.options.drain_s, ending)
             await self.server.serve(self.sockets)
 
     def stop(self, *, force: bool = False) -> None:
@@ -126,9 +190,27 @@ class _Endpoint:
             self.server.force_exit = force or self.server.force_exit
             self.server.should_exit = True
 
+    def is_full(self) -> bool:
+        """Whether there are more connections than may be answered."""
+        assert self.server is not None
+        return len(self.server.server_state.connections) > self.options.max_connections
+
     def close_sockets(self) -> None:
         for one in self.sockets:
+            unlink(one)
             one.close()
+
+    def _tls_context(self, _config: uvicorn.Config, _default: object) -> ssl.SSLContext:
+        assert self.tls is not None
+        return self.tls
+
+
+def _tls(options: ServerOptions) -> ssl.SSLContext | None:
+    if options.tls_certificate is not None:
+        return tls.context(options.tls_certificate, options.tls_key)
+    if options.tls_key is not None:
+        raise GryphonError("invalid_tls", "A TLS key needs its certificate: --tls-cert FILE.")
+    return None
 
 
 def serve_forever(
@@ -222,41 +304,6 @@ class ServerThread:
             self._fault = error
         finally:
             self._ready.set()
-
-
-class _PrivateLogFile(RotatingFileHandler):
-    """A log that only its owner reads, 1 MiB and one older file of the same size."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, maxBytes=2**20, backupCount=1, encoding="utf-8", delay=True)
-
-    def _open(self) -> TextIOWrapper:
-        def private(path: str, flags: int) -> int:
-            return os.open(path, flags, 0o600)
-
-        return open(self.baseFilename, "a", encoding=self.encoding, opener=private)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Say nothing: a full disk must not print tracebacks over the chat."""
-
-
-def _configure_logging(*, access_log: bool) -> None:
-    """Warnings to the state directory's server.log, and nothing of them to the terminal."""
-    log_file = _PrivateLogFile(paths.state_dir() / "server.log")
-    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in ("app.server", "uvicorn"):
-        logger = logging.getLogger(name)
-        for old in logger.handlers[:]:
-            logger.removeHandler(old)
-            old.close()
-        logger.addHandler(log_file)
-        logger.setLevel(logging.WARNING)
-        logger.propagate = False
-    if access_log:
-        access = logging.getLogger("uvicorn.access")
-        access.handlers = [logging.StreamHandler()]
-        access.setLevel(logging.INFO)
-        access.propagate = False
 
 
 def _log_loop_fault(_loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:

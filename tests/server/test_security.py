@@ -13,6 +13,7 @@ from app.server import security
 from app.server.application import create_app
 
 from .conftest import Reply, ScriptedEngine, Server, Switchboard, chat, running
+from .wire import raw
 
 CHAT = "/v1/chat/completions"
 KEY = "sésame"
@@ -29,16 +30,6 @@ def guarded(_guarded: Server) -> Server:
     """With an API key and one origin let in."""
     _guarded.board.current = ScriptedEngine()
     return _guarded
-
-
-def raw(server: Server, request: bytes) -> bytes:
-    """Everything the server answers to `request`, which asks it to close the connection."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(request)
-        answer = b""
-        while data := connection.recv(65536):
-            answer += data
-    return answer
 
 
 @pytest.mark.parametrize(
