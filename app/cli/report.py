@@ -129,6 +129,7 @@ def _collect() -> dict[str, dict[str, object]]:
         where = {
             "models": paths.models_dir(),
             "hub models": constants.HF_HUB_CACHE,
+            "settings": paths.settings_file(),
             "chats": paths.history_path(),
             "cache": paths.cache_dir(),
             "engine log": paths.engine_log(),
