@@ -37,6 +37,10 @@ PROOFS = {
     ),
     "soak": ("random load on a small machine leaves nothing", "tests/engine/test_soak.py"),
     "crash": ("kill -9 of the engine at every stage", "tests/engine/test_crash.py"),
+    "pull": (
+        "pulls killed, stalled, corrupted, replaced, refused or out of disk end byte-identical",
+        "tests/library/test_pull_faults.py",
+    ),
 }
 """What each shows, and the tests that show it."""
 

@@ -271,6 +271,12 @@ def file_error(directory: Path, name: str, error: OSError) -> GryphonError:
             f"The disk of {directory} ran full. What has arrived is kept: free some space, then "
             f"`gryphon pull {name}` continues from there.",
         )
+    if error.errno == errno.EFBIG:
+        return GryphonError(
+            "disk_full",
+            f"The disk of {directory} takes no file this large, as those formatted as FAT32 take "
+            f"none of 4 GB: {name} needs another one. Set HF_HUB_CACHE to a directory there.",
+        )
     return GryphonError(
         "no_write_permission",
         f"{name} cannot be written to {directory}: {error.strerror or error}. Make it writable, "
