@@ -194,7 +194,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="what a model is")
     show.add_argument("name", nargs="?", help="default: the model that would be used")
-    show.add_argument("--fit", action="store_true", help="what it takes in memory, and if it fits")
+    what = show.add_mutually_exclusive_group()
+    what.add_argument("--fit", action="store_true", help="what it takes in memory, and if it fits")
+    what.add_argument("--template", action="store_true", help="its chat template")
+    what.add_argument("--config", action="store_true", help="its config.json")
     show.add_argument("--json", action="store_true")
 
     use = commands.add_parser(

@@ -17,6 +17,7 @@ from app.last_used import last_used
 from app.library import aliases, embedded
 from app.library.details import describe
 from app.library.installed import InstalledModel, find_model, installed_models
+from app.printable import printable
 
 
 def model_for(name: str | None, *, yes: bool) -> InstalledModel:
@@ -94,12 +95,19 @@ def show(arguments: argparse.Namespace) -> int:
         return show_fit(find_model(arguments.name, allow_path=True), as_json=arguments.json)
     details = describe(find_model(arguments.name, allow_path=True))
     model = details.model
+    if arguments.template and not arguments.json:
+        _show_templates(details.chat_templates)
+        return 0
+    if arguments.config and not arguments.json:
+        _show_text(json.dumps(details.config, indent=2, ensure_ascii=False))
+        return 0
     if arguments.json:
         numbers = {
             field.name: getattr(details, field.name)
             for field in dataclasses.fields(details)
             if field.name != "model"
         }
+        numbers["has_chat_template"] = details.has_chat_template
         print(json.dumps(_as_json(model) | numbers, indent=2))
         return 0
     tensors = ", ".join(f"{count} {kind}" for kind, count in details.tensors.items())
@@ -115,7 +123,7 @@ def show(arguments: argparse.Namespace) -> int:
         ("hidden size", details.hidden_size),
         ("heads", _heads(details.heads, details.kv_heads)),
         ("vocabulary", details.vocab_size),
-        ("chat template", "yes" if details.has_chat_template else "no: a base model"),
+        ("chat template", ", ".join(details.chat_templates) or "no: a base model"),
         ("license", details.license),
         ("from", model.source),
         ("path", model.path),
@@ -124,6 +132,20 @@ def show(arguments: argparse.Namespace) -> int:
     lines = [f"{name:<14} {one_line(str(value))}" for name, value in rows if value is not None]
     print("\n".join(lines))
     return 0
+
+
+def _show_templates(templates: dict[str, str]) -> None:
+    if not templates:
+        print("It has no chat template: a base model, which continues text.", file=sys.stderr)
+    for name, text in templates.items():
+        if len(templates) > 1:
+            print(f"{{# {one_line(name)} #}}")
+        _show_text(text)
+
+
+def _show_text(text: str) -> None:
+    """A file's own words, but nothing that a terminal would obey."""
+    print(printable(text) if sys.stdout.isatty() else text)
 
 
 def _heads(heads: int | None, kv_heads: int | None) -> str | None:

@@ -12,6 +12,7 @@ from app.cli.terminal import StatusLine, bar, can_ask, confirm, human_bytes
 from app.errors import GryphonError
 from app.library import adapters
 from app.library.installed import (
+    DEFAULT_MODEL,
     Source,
     find_model,
     find_place,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Read every file of a model and compare it with its digest; exit status 1 for damage."""
-    from app.library.transfer import file_error
+    from app.library.disk import file_error
     from app.library.verification import verify as verify_model
 
     path, name, source, adapter = _parts(arguments.name)
@@ -44,7 +45,7 @@ def verify(arguments: argparse.Namespace) -> int:
     finally:
         line.clear()
     damaged = [check for check in checks if check.problem is not None]
-    repairable = source == "hub" and any(check.path.parent == path for check in damaged)
+    repairable = source == "hub" and any(path in check.path.parents for check in damaged)
     if arguments.json:
         files = [
             {"name": check.name, "size": check.size, "digest_known": check.digest_known,
@@ -63,9 +64,12 @@ def verify(arguments: argparse.Namespace) -> int:
         )
     base = name if adapter is None else name.rpartition("+")[0]
     if repairable and arguments.repair:
-        return _repair(base, path, [one for one in damaged if one.path.parent == path], arguments)
-    if repairable and not arguments.json:
-        print(f"`gryphon verify --repair {base}` fetches what is damaged again.")
+        return _repair(base, path, [one for one in damaged if path in one.path.parents], arguments)
+    if damaged and not arguments.json:
+        if repairable:
+            print(f"`gryphon verify --repair {base}` fetches what is damaged again.")
+        elif base == DEFAULT_MODEL:
+            print(f"`gryphon rm {base}` and `gryphon pull {base}` fetch it anew.")
     return 1 if damaged else 0
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from app import last_used
 from app.errors import GryphonError
-from app.library import adapters, aliases
+from app.library import adapters, aliases, licenses
+from app.library.disk import file_error
 from app.library.hub_cache import RepositoryCache
 from app.library.installed import default_setting, find_model, find_place, resolve_alias
-from app.library.transfer import file_error
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Removal:
     needed_by: tuple[str, ...] = ()
     """Adapters that go with it. They stay, and are of no use until it is back."""
     named_by: tuple[str, ...] = ()
-    """What of the settings file stands for it: "the default model", "the alias fast"; it stays."""
+    """What it is in the settings file: "the default model", "what the alias fast stands for"."""
     _repository: RepositoryCache | None = None
     _strategy: Any = None
 
@@ -57,6 +57,7 @@ class Removal:
                 f"{self.path} could not be removed. It may belong to another user.",
             )
         last_used.forget(self.name)
+        licenses.remember(self.name, None)
 
     def _refuse(self) -> None:
         raise GryphonError(
@@ -89,7 +90,7 @@ def plan_removal(name: str) -> Removal:
 def _named_by(name: str) -> tuple[str, ...]:
     setting = default_setting()
     found = ["the default model"] if setting is not None and setting[0] == name else []
-    return (*found, *(f"the alias {alias}" for alias in aliases.of(name)))
+    return (*found, *(f"what the alias {alias} stands for" for alias in aliases.of(name)))
 
 
 def _is_of(base: str, removal: Removal) -> bool:

@@ -440,7 +440,7 @@ def test_ps_shows_the_engine_of_another_gryphon(endless: None) -> None:
     assert status["footprint_bytes"] > status["active_bytes"]
     shown = gryphon("ps").stdout
     assert "endless, ready" in shown and "kept for later requests" in shown
-    assert " used, " in shown
+    assert " for computing\n" in shown and " used\n" in shown
     heading, row = shown.splitlines()[-2:]
     assert heading.split()[:4] == ["request", "client", "model", "phase"]
     assert row.split()[0] == running["id"] and "decode" in row.split()

@@ -173,8 +173,10 @@ def test_removing_by_an_alias_is_refused_and_a_removed_model_is_said(
     assert done.status == 2 and "`gryphon rm org/a`" in done.stderr
     assert find_model("org/a").path.is_dir()
     done = run("rm", "org/a", "--dry-run", "--json")
-    assert json.loads(done.stdout)["named_by"] == ["the alias fast"]
-    assert "It is the alias fast: choose another" in run("rm", "org/a", "--yes").stderr
+    assert json.loads(done.stdout)["named_by"] == ["what the alias fast stands for"]
+    assert (
+        "It is what the alias fast stands for: choose another" in run("rm", "org/a", "--yes").stderr
+    )
     assert (
         "fast is an alias of org/a, which is not installed any more" in run("show", "fast").stderr
     )

@@ -18,6 +18,7 @@ from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir, snapshot_download
 
 from app.library import transfer
+from app.library.details import describe
 from app.library.file_lock import locked
 from app.library.hub import Hub
 from app.library.hub_cache import RepositoryCache
@@ -25,6 +26,7 @@ from app.library.installed import InstalledModel, find_model, installed_models
 from app.library.patience import Patience
 from app.library.pull import make_plan, parse_name, pull
 from app.library.transfer import Status
+from app.library.verification import verify
 
 from ..hub_server import HubServer
 from ..tiny_models import LLAMA, write_model
@@ -48,6 +50,23 @@ def test_a_pull_installs_what_a_model_needs(hub: HubServer, client: Hub) -> None
     assert (model.name, model.path.name) == ("org/model", repository.refs["main"])
     assert hub.sent("README.md") == hub.sent("model.py") == hub.sent("other.safetensors") == 0
     assert make_plan(client, "org/model").installed
+
+
+def test_chat_templates_in_a_directory_of_theirs_come_too(hub: HubServer, client: Hub) -> None:
+    tools = "additional_chat_templates/tools.jinja"
+    others = {"additional_chat_templates/x.py": b"!", "additional_chat_templates/a/b.jinja": b"!"}
+    files = model_files() | {tools: b"{{ tools }}"}
+    hub.add("org/model", files | others)
+    model = pull(client, make_plan(client, "org/model"), Watch())
+    there = {path.relative_to(model.path).as_posix() for path in model.path.rglob("*.*")}
+    assert there == set(files)
+    assert describe(model).chat_templates == {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    checks = {check.name: check for check in verify(model.path, lambda done, total: None)}
+    assert checks.keys() == set(files)
+    assert all(check.digest_known and not check.problem for check in checks.values())
+    (model.path / tools).resolve().write_bytes(b"{{ other }}")
+    checks = {check.name: check for check in verify(model.path, lambda done, total: None)}
+    assert [name for name, check in checks.items() if check.problem] == [tools]
 
 
 def test_looking_at_a_model_fetches_almost_nothing(
@@ -351,7 +370,7 @@ def test_a_full_disk_is_noticed_before_anything_is_fetched(
     plan, before = make_plan(client, "org/model"), hub.sent()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000_000))
     error = refusal(lambda: pull(client, plan, Watch()))
-    assert error.code == "disk_full" and "0.10 GB free" in error.message
+    assert error.code == "disk_full" and "has 100 MB free" in error.message
     assert hub.sent() == before
     assert installed_models() == []
 

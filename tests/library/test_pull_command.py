@@ -315,3 +315,28 @@ def test_two_at_once_fetch_it_once(hub: HubServer) -> None:
     assert installed_files() == files
     whole = [one for one in hub.answers("model.safetensors") if one.sent > 1000]
     assert len(whole) == 1
+
+
+def test_show_has_what_the_pull_was_told_and_the_files_say(hub: HubServer, run: Run) -> None:
+    named = [{"name": "default", "template": "{{ a }}"}, {"name": "tools", "template": "{{ b }}"}]
+    files = model_files() | {"tokenizer_config.json": json.dumps({"chat_template": named}).encode()}
+    del files["chat_template.jinja"]
+    hub.add("org/model", files, license="gemma")
+    assert run("pull", "org/model").returncode == 0
+    shown = run("show", "org/model").stdout  # its card, which says the licence, was not fetched
+    assert "license        gemma\n" in shown and "chat template  default, tools\n" in shown
+    fields = json.loads(run("show", "org/model", "--json").stdout)
+    assert (fields["license"], fields["config"]) == ("gemma", CONFIG)
+    assert fields["chat_templates"] == {"default": "{{ a }}", "tools": "{{ b }}"}
+    assert run("show", "org/model", "--template").stdout.split("\n") == [
+        "{# default #}", "{{ a }}", "{# tools #}", "{{ b }}", ""
+    ]  # fmt: skip
+    assert json.loads(run("show", "org/model", "--config").stdout) == CONFIG
+    hub.add("org/other", model_files(), license=None)
+    run("pull", "org/other")
+    assert "license" not in run("show", "org/other").stdout
+    assert run("show", "org/other", "--template").stdout == "{{ messages }}\n"
+    run("rm", "org/model", "--yes")
+    hub.add("org/model", files, license=None)
+    run("pull", "org/model")
+    assert "license" not in run("show", "org/model").stdout

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from app.errors import GryphonError
+from app.library import hub as hub_module
 from app.library import hub_client
+from app.library import pull as pull_module
 from app.library.hub import Hub
 from app.library.installed import installed_models
 from app.library.pull import make_plan, pull
@@ -124,14 +127,40 @@ def test_sizes_that_the_hub_makes_up(hub: HubServer, client: Hub, claimed: Any) 
     assert installed_models() == []
 
 
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_json_that_claims_to_be_huge_is_not_asked_for(
+    hub: HubServer, client: Hub, name: str
+) -> None:
+    repository = hub.add("org/model", model_files(shards=2))
+    repository.sizes[name] = 1_000_000_000
+    error = refusal(lambda: make_plan(client, "org/model"))
+    assert error.code == "invalid_model" and "has 1,000,000,000 bytes" in error.message
+    assert hub.sent(name) == 0
+
+
+def test_a_header_of_many_megabytes_is_not_read(hub: HubServer, client: Hub) -> None:
+    weights = (30_000_000).to_bytes(8, "little") + b" " * 31_000_000
+    hub.add("org/model", replaced(WEIGHTS, weights))
+    error = refusal(lambda: make_plan(client, "org/model"))
+    assert error.code == "invalid_model" and "claims 30,000,000 bytes" in error.message
+    assert hub.sent(WEIGHTS) == 8
+
+
+def test_more_tensors_than_any_model_has_are_refused(
+    hub: HubServer, client: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/model", model_files(shards=3))
+    monkeypatch.setattr(pull_module, "_MAX_TENSORS", 2)
+    error = refusal(lambda: make_plan(client, "org/model"))
+    assert error.code == "invalid_model" and "more than 2 tensors" in error.message
+
+
 def test_files_that_differ_from_what_was_looked_at_are_not_installed(
     hub: HubServer, client: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hub that shows a harmless header by Range and has another content by its own digest."""
     hub.repositories["org/model"].commit(replaced(WEIGHTS, b"\xff" * 100))
-    import app.library.pull as module
-
-    monkeypatch.setattr(module, "_headers", lambda *arguments: {})
+    monkeypatch.setattr(pull_module, "_headers", lambda *arguments: {})
     plan = make_plan(client, "org/model")
     error = refusal(lambda: pull(client, plan, Watch()))
     assert error.code == "invalid_model" and "fetched but not installed" in error.message
@@ -198,3 +227,24 @@ def test_a_compressed_metadata_answer_is_not_unpacked(
     )
     found = refusal(lambda: make_plan(client, "org/model"))
     assert found.code == "hub_not_understood" and "compressed" in found.message
+
+
+@pytest.mark.parametrize("location", ["http://other/x", "ftp://other/x", "file:///x", "https://["])
+def test_a_download_is_not_led_to_where_it_is_not_safe(location: str) -> None:
+    with pytest.raises(GryphonError, match="not valid or not secure"):
+        hub_module._redirected("https://hub.example/org/model/resolve/main/x", location)
+    safe = hub_module._redirected("https://hub.example/a", "https://storage.example/b?c")
+    assert safe == "https://storage.example/b?c"
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "gopher://x", "/org/model/resolve/x"])
+def test_redirects_that_lead_nowhere_are_refused(
+    hub: HubServer, client: Hub, files: dict[str, bytes], tmp_path: Path, location: str
+) -> None:
+    plan = make_plan(client, "org/model")
+    if location.startswith("/"):  # to itself, without end
+        location = f"/org/model/resolve/{plan.repository.commit}/{WEIGHTS}"
+    hub.spoil(WEIGHTS, status=302, headers={"Location": location}, where="hub", times=None)
+    error = refusal(lambda: pull(client, plan, Watch()))
+    assert error.code == "hub_refused" and len(hub.requests) < 60
+    assert installed_models() == []
