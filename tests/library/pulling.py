@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,11 @@ from app.library.transfer import Status
 
 from ..hub_server import HubServer, etag_of
 
-QUICK = Patience(connect_s=2, stall_s=0.4, first_wait_s=0.01, longest_wait_s=0.02)
+# Long enough for a thread that others keep from its core: a connection given up too early is asked
+# for again, and bytes that were on their way are sent twice.
+QUICK = Patience(connect_s=10, stall_s=20, first_wait_s=0.01, longest_wait_s=0.02)
+HASTY = dataclasses.replace(QUICK, stall_s=0.4)
+"""For hubs that go silent."""
 PIECE = 1 << 16
 SIZE = 300_000
 WEIGHTS = "model.safetensors"
