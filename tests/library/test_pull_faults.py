@@ -85,6 +85,13 @@ def assert_as_the_hub_has_it(files: dict[str, bytes]) -> None:
     assert not cache.staging.exists()
 
 
+def tell(record: Record, faults: str, number: int, hub: HubServer, files: dict[str, bytes]) -> None:
+    """What a round has shown: the faults of a kind, and what they made the hub send again."""
+    record(faults, number)
+    record(f"bytes_again_after_{faults}", hub.sent() - total(files))
+    record("bytes_pulled", total(files))
+
+
 def looked_at(files: dict[str, bytes]) -> int:
     """Bytes that a plan reads and does not keep: headers of weights, config.json, the index."""
     headers = sum(8 + int.from_bytes(files[name][:8], "little") for name in shards(files))
@@ -134,9 +141,7 @@ def test_killed_at_random_offsets_it_goes_on_where_it_was(
     assert done.returncode == 0, done.stderr
     assert_continued(hub, answered, on_disk, files)
     assert_as_the_hub_has_it(files)
-    record_property("kills", kills)
-    record_property("bytes_pulled", total(files))
-    record_property("bytes_fetched_again", hub.sent() - total(files))
+    tell(record_property, "kills", kills, hub, files)
 
 
 def sizes(cache: RepositoryCache) -> dict[str, int]:
@@ -171,9 +176,7 @@ def test_stalled_at_a_random_offset(
         pull(hasty, plan, Watch())
     assert hub.answers(name)[-1].start <= at
     assert_as_the_hub_has_it(files)
-    record_property("stalls", 1)
-    record_property("bytes_pulled", total(files))
-    record_property("bytes_fetched_again", hub.sent() - total(files))
+    tell(record_property, "stalls", 1, hub, files)
 
 
 @pytest.mark.parametrize("round", rounds(2))
@@ -187,9 +190,7 @@ def test_a_random_byte_is_wrong(
     pull(client, plan, Watch())
     assert hub.sent() - before == total(files) + len(files[name])  # that file alone
     assert_as_the_hub_has_it(files)
-    record_property("corruptions", 1)
-    record_property("bytes_pulled", total(files))
-    record_property("bytes_fetched_again", hub.sent() - total(files))
+    tell(record_property, "corruptions", 1, hub, files)
 
 
 @pytest.mark.parametrize("round", rounds(2))
@@ -223,9 +224,7 @@ def test_the_etag_changes_at_a_random_offset(
         hub.spoil(name, etag="e" * 64, where="hub")
     pull(client, plan, Watch())
     assert_as_the_hub_has_it(expected)
-    record_property("etag_changes", 1)
-    record_property("bytes_pulled", total(expected))
-    record_property("bytes_fetched_again", hub.sent() - total(expected))
+    tell(record_property, "etag_changes", 1, hub, expected)
 
 
 @pytest.mark.parametrize("round", rounds(2))
@@ -246,9 +245,7 @@ def test_refused_for_a_while(
     answered = sum(one.status == 429 for one in hub.requests)
     assert answered >= refusals // 2
     assert hub.sent() - total(files) <= looked_at(files)
-    record_property("answers_of_429", answered)
-    record_property("bytes_pulled", total(files))
-    record_property("bytes_fetched_again", hub.sent() - total(files))
+    tell(record_property, "answers_of_429", answered, hub, files)
 
 
 @contextlib.contextmanager
@@ -301,9 +298,7 @@ def test_the_disk_runs_full_at_a_random_offset(
             pull(client, make_plan(client, "org/model"), Watch())
             assert hub.sent() - before <= total(files) - kept + looked_at(files)
             assert_as_the_hub_has_it(files)
-            record_property("disks_full", 1)
-            record_property("bytes_pulled", total(files))
-            record_property("bytes_fetched_again", hub.sent() - total(files))
+            tell(record_property, "disks_full", 1, hub, files)
 
 
 @pytest.mark.parametrize("round", rounds(1))
@@ -329,6 +324,4 @@ def test_a_disk_that_takes_no_large_files(
     done = pulled()
     assert done.returncode == 0, done.stderr
     assert_as_the_hub_has_it(files)
-    record_property("files_too_large", 1)
-    record_property("bytes_pulled", total(files))
-    record_property("bytes_fetched_again", hub.sent() - total(files))
+    tell(record_property, "files_too_large", 1, hub, files)
