@@ -19,7 +19,7 @@ from typing import BinaryIO
 import msgspec
 
 import app
-from app import paths
+from app import paths, settings_file
 from app.engine.prefix_files import forget_without_engine
 from app.engine.protocol import (
     MAX_REQUEST_ID,
@@ -116,7 +116,12 @@ class EngineProcess:
         return self._process is not None and self._process.poll() is not None
 
     def spawn(self) -> None:
-        """Start the child."""
+        """Start the child.
+
+        Raises:
+            GryphonError: "invalid_setting", or what `app.paths` raises.
+        """
+        settings_file.keep_alive_s()  # what is wrong is said here rather than in the child's log
         socket_path = paths.engine_socket()
         socket_path.unlink(missing_ok=True)
         read_fd, self._alive_fd = os.pipe()

@@ -503,6 +503,22 @@ def test_doctor_names_what_would_be_used(tiny: Path) -> None:
     assert text.returncode == 0 and "GFLOP/s" in text.stdout
 
 
+def test_settings_that_are_wrong_are_said_before_an_engine_starts(
+    tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "config").mkdir()
+    settings = home / "config" / "settings.toml"
+    settings.write_text('keep_alive = "long"\n')
+    done = gryphon("run", "-m", "tiny", "Hi")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert f"{settings}: line 1: 'keep_alive' must be a number of seconds" in done.stderr
+    settings.unlink()
+    monkeypatch.setenv("GRYPHON_PREFIX_CACHE_BYTES", "much")
+    done = gryphon("run", "-m", "tiny", "Hi")
+    assert done.returncode == 1 and "GRYPHON_PREFIX_CACHE_BYTES must be" in done.stderr
+    assert not (home / "state" / "engine.log").exists()
+
+
 def test_help_does_not_wait_for_anything_heavy() -> None:
     """What makes a command slow to start is what it imports."""
     heavy = "mlx textual fastapi uvicorn huggingface_hub numpy transformers msgspec asyncio"
