@@ -11,11 +11,13 @@ from typing import BinaryIO, Literal
 
 import platformdirs
 
+from app import settings
 from app.errors import GryphonError
-from app.settings import Settings
 
 # sun_path holds 104 bytes on macOS and 108 on Linux, the closing zero included.
 MAX_SOCKET_PATH = 103
+
+_Kind = Literal["data", "cache", "state", "config"]
 
 
 def _private(path: Path) -> Path:
@@ -41,23 +43,28 @@ def _private(path: Path) -> Path:
     return path
 
 
-def _directory(kind: Literal["data", "cache", "state"]) -> Path:
-    home = Settings.from_environment().home
+def _directory(kind: _Kind) -> Path:
+    return _private(_place(kind))
+
+
+def _place(kind: _Kind) -> Path:
+    home = settings.home()
     if home is not None:
-        return _private(home / kind)
+        return home / kind
     dirs = platformdirs.PlatformDirs("gryphon", appauthor=False)
     try:
         places = {
             "data": dirs.user_data_path,
             "cache": dirs.user_cache_path,
-            # macOS keeps data and state in one place.
+            # macOS keeps data, settings and state in one place.
             "state": dirs.user_state_path / "state",
+            "config": dirs.user_config_path,
         }
     except RuntimeError as error:
         raise GryphonError(
             "no_home", f"Your home directory is unknown ({error}). Set HOME or GRYPHON_HOME."
         ) from error
-    return _private(places[kind])
+    return places[kind]
 
 
 def open_private(path: Path) -> BinaryIO:
@@ -103,6 +110,16 @@ def prefix_dir() -> Path:
     if info.st_mode & 0o077:
         path.chmod(0o700)
     return path
+
+
+def settings_file() -> Path:
+    """What a person has set, `app.settings_file`. Neither it nor its directory need exist."""
+    return _place("config") / "settings.toml"
+
+
+def config_dir() -> Path:
+    """Where the settings file lies."""
+    return _directory("config")
 
 
 def state_dir() -> Path:

@@ -45,9 +45,13 @@ class Settings:
     """GRYPHON_MEMORY_BYTES: the most that weights, states, prefix cache and scratch may take
     together; None is what the machine has, less a reserve."""
 
-    keep_alive_s: float = 300.0
+    keep_alive_s: float | None = None
     """GRYPHON_KEEP_ALIVE: seconds a model stays in memory after its last request; 0 unloads it at
-    once, a negative number or "inf" never."""
+    once, a negative number or "inf" never. None leaves it to `app.settings_file`."""
+
+    default_model: str | None = None
+    """GRYPHON_MODEL: the installed model, or alias, that is used when none is named. None leaves it
+    to `app.settings_file`."""
 
     engine_log_level: str = "warning"
     """GRYPHON_LOG: debug, info, warning or error; never includes prompt text."""
@@ -60,9 +64,8 @@ class Settings:
             GryphonError: "invalid_setting", naming the variable.
         """
         env = os.environ
-        home = _path("GRYPHON_HOME")
         return cls(
-            home=home,
+            home=home(),
             api_key=env.get("GRYPHON_API_KEY") or None,
             blas=env.get("GRYPHON_BLAS", "auto"),
             kernels=_kernels(),
@@ -71,8 +74,18 @@ class Settings:
             prefix_disk_bytes=_bytes("GRYPHON_PREFIX_DISK_BYTES"),
             memory_bytes=_bytes("GRYPHON_MEMORY_BYTES"),
             keep_alive_s=_keep_alive(),
+            default_model=env.get("GRYPHON_MODEL") or None,
             engine_log_level=env.get("GRYPHON_LOG", "warning"),
         )
+
+
+def home() -> Path | None:
+    """GRYPHON_HOME alone, for `app.paths`.
+
+    Raises:
+        GryphonError: "invalid_setting".
+    """
+    return _path("GRYPHON_HOME")
 
 
 def _path(name: str) -> Path | None:
@@ -96,10 +109,12 @@ def _seconds(name: str, default: float) -> float:
     return value
 
 
-def _keep_alive() -> float:
+def _keep_alive() -> float | None:
     text = os.environ.get("GRYPHON_KEEP_ALIVE", "")
+    if not text:
+        return None
     try:
-        value = float(text) if text else Settings.keep_alive_s
+        value = float(text)
     except ValueError:
         value = math.nan
     if math.isnan(value):

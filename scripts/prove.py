@@ -46,6 +46,10 @@ PROOFS = {
         "clients that leave at any byte free their rows",
         "tests/server/test_disconnects.py",
     ),
+    "pull": (
+        "pulls killed, stalled, corrupted, replaced, refused or out of disk end byte-identical",
+        "tests/library/test_pull_faults.py",
+    ),
 }
 """What each shows, and the tests that show it."""
 

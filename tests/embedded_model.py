@@ -29,10 +29,12 @@ def _skipped_when_offline() -> Iterator[None]:
 def embedded_home(pytestconfig: pytest.Config) -> Path:
     """A GRYPHON_HOME with the embedded model in it; leave it as it is.
 
-    Kept in pytest's cache under a name that changes with the conversion, so that a change to it is
-    tested on a model converted with it. `pull` itself keeps parallel sessions apart.
+    Kept in pytest's cache under a name that changes with the installation, so that a change to it
+    is tested on a model installed with it. `pull` itself keeps parallel sessions apart.
     """
-    sources = [Path(module.__file__ or "") for module in (gguf_conversion, gguf_tokenizer)]
+    sources = [
+        Path(module.__file__ or "") for module in (embedded, gguf_conversion, gguf_tokenizer)
+    ]
     key = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     home = Path(pytestconfig.cache.mkdir(f"gryphon-home-{key}"))
     with pytest.MonkeyPatch.context() as patch, _skipped_when_offline():

@@ -103,7 +103,10 @@ def _server_options(parser: argparse.ArgumentParser) -> None:
 
 def _model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-m", "--model", help="an installed model (`gryphon list`) or the path of a model directory"
+        "-m",
+        "--model",
+        help="an installed model (`gryphon list`), an alias or the path of a model "
+        "directory; default: `gryphon use`",
     )
 
 
@@ -192,9 +195,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     search = commands.add_parser(
         "search", help="find models on the hub", description="Models of the Hugging Face Hub that "
-        "Gryphon can run, most downloaded first.",
+        "Gryphon can run, most downloaded first; or the catalog that comes with Gryphon, which "
+        "asks nobody.",
     )  # fmt: skip
-    search.add_argument("query", help="words of the name")
+    search.add_argument("query", nargs="?", help="words of the name; not needed with --catalog")
+    search.add_argument(
+        "--catalog", action="store_true", help="quantized builds known to exist, by family"
+    )
     search.add_argument("--limit", type=int, default=20, metavar="N", help="default: 20")
     search.add_argument("--json", action="store_true")
 
@@ -203,8 +210,29 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="what a model is")
     show.add_argument("name", nargs="?", help="default: the model that would be used")
-    show.add_argument("--fit", action="store_true", help="what it takes in memory, and if it fits")
+    what = show.add_mutually_exclusive_group()
+    what.add_argument("--fit", action="store_true", help="what it takes in memory, and if it fits")
+    what.add_argument("--template", action="store_true", help="its chat template")
+    what.add_argument("--config", action="store_true", help="its config.json")
     show.add_argument("--json", action="store_true")
+
+    use = commands.add_parser(
+        "use", help="the model that is used when none is named: set it, or show it"
+    )
+    use.add_argument("name", nargs="?", metavar="MODEL", help="an installed model")
+    use.add_argument("--unset", action="store_true", help="set none")
+    use.add_argument("--json", action="store_true")
+
+    alias = commands.add_parser(
+        "alias",
+        help="another name for an installed model",
+        description="Let NAME stand for an installed model, everywhere a model is named; without "
+        "NAME, list the aliases. The files stay where they are.",
+    )
+    alias.add_argument("name", nargs="?", metavar="NAME")
+    alias.add_argument("model", nargs="?", metavar="MODEL")
+    alias.add_argument("--rm", metavar="NAME", help="forget an alias; the model stays")
+    alias.add_argument("--json", action="store_true", help="of the list")
 
     adapters = commands.add_parser("adapters", help="LoRA adapters made by mlx-lm")
     action = adapters.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -275,8 +303,10 @@ _COMMANDS = {
     "pull": "app.cli.pull:pull",
     "list": "app.cli.models:list_models",
     "show": "app.cli.models:show",
+    "use": "app.cli.names:use",
+    "alias": "app.cli.names:alias",
     "adapters": "app.cli.adapters:adapters",
-    "search": "app.cli.upkeep:search",
+    "search": "app.cli.search:search",
     "verify": "app.cli.upkeep:verify",
     "rm": "app.cli.upkeep:remove",
     "du": "app.cli.disk:du",

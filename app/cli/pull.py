@@ -21,7 +21,12 @@ from app.cli.terminal import (
 )
 from app.errors import GryphonError
 from app.library import embedded
-from app.library.installed import InstalledModel, find_model, installed_name
+from app.library.installed import (
+    InstalledModel,
+    find_model,
+    installed_name,
+    resolve_alias,
+)
 from app.machine import binary_bytes
 
 if TYPE_CHECKING:
@@ -40,6 +45,7 @@ _JSON_PROGRESS_S = 0.5
 
 def pull(arguments: argparse.Namespace) -> int:
     """Fetch a model by name."""
+    arguments.name = resolve_alias(arguments.name)
     if arguments.name == embedded.NAME:
         return _pull_default(arguments)
     # Only now: huggingface_hub's client takes a moment to import.

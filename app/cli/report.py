@@ -15,11 +15,12 @@ import msgspec
 
 from app import __version__, paths
 from app.cli import kernels
-from app.cli.terminal import human_bytes, one_line
+from app.cli.terminal import one_line
 from app.engine.client import EngineClient
 from app.engine.protocol import EngineStatus, RequestStatus
 from app.errors import GryphonError
 from app.library.installed import find_model, installed_models
+from app.machine import binary_bytes
 from app.settings import Settings, child_environment
 
 _PACKAGES = ("mlx", "mlx-lm", "textual", "fastapi", "huggingface_hub", "tokenizers")
@@ -52,11 +53,12 @@ def _describe(status: EngineStatus) -> str:
     rows = [
         ("model", f"{model}, {status.state}"),
         ("requests", f"{status.running} running, {status.queued} queued"),
-        ("memory", f"{human_bytes(status.weight_bytes)} weights, "
-         f"{human_bytes(status.state_bytes)} state, {human_bytes(status.prefix_bytes)} kept for "
-         f"later requests, {human_bytes(status.active_bytes)} in all"),
-        ("budget", f"{human_bytes(_used(status))} of {human_bytes(status.budget_bytes)} used, "
-         f"{human_bytes(status.footprint_bytes)} resident in the process"),
+        ("memory", f"{binary_bytes(status.weight_bytes)} weights, "
+         f"{binary_bytes(status.state_bytes)} state, {binary_bytes(status.prefix_bytes)} kept for "
+         f"later requests, {binary_bytes(status.scratch_bytes)} for computing"),
+        ("budget", f"{binary_bytes(_used(status))} of {binary_bytes(status.budget_bytes)} used"),
+        ("process", f"{binary_bytes(status.active_bytes)} in MLX's arrays, "
+         f"{binary_bytes(status.footprint_bytes)} resident in all"),
         ("context", context if status.model else "-"),
         ("device", f"{status.device}: {status.backend_note}"),
         ("engine", f"process {status.pid}, up {status.uptime_s:.0f} s, gryphon {status.gryphon}"),
@@ -92,7 +94,7 @@ def _table(requests: list[RequestStatus]) -> list[str]:
 
 
 def _used(status: EngineStatus) -> int:
-    """What counts against the engine's memory budget."""
+    """What counts against the engine's memory budget: the sum of the terms that are shown."""
     held = status.weight_bytes + status.state_bytes + status.prefix_bytes
     return held + status.scratch_bytes
 
@@ -129,6 +131,7 @@ def _collect() -> dict[str, dict[str, object]]:
         where = {
             "models": paths.models_dir(),
             "hub models": constants.HF_HUB_CACHE,
+            "settings": paths.settings_file(),
             "chats": paths.history_path(),
             "cache": paths.cache_dir(),
             "engine log": paths.engine_log(),

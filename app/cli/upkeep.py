@@ -1,89 +1,32 @@
-"""`gryphon search`, `verify` and `rm`."""
+"""`gryphon verify` and `rm`."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.cli.terminal import StatusLine, bar, can_ask, confirm, human_bytes, table
+from app.cli.terminal import StatusLine, bar, can_ask, confirm, human_bytes
 from app.errors import GryphonError
 from app.library import adapters
-from app.library.installed import Source, find_model, find_place, installed_models
+from app.library.installed import (
+    DEFAULT_MODEL,
+    Source,
+    find_model,
+    find_place,
+    resolve_alias,
+)
 
 if TYPE_CHECKING:
-    from app.library.fit import Fit
+    from app.library.removal import Removal
     from app.library.verification import FileCheck
-
-
-def search(arguments: argparse.Namespace) -> int:
-    """Print models of the hub."""
-    from app.cli.fit import current_budget
-    from app.library.hub import Hub
-    from app.library.search import fits
-    from app.library.search import search as search_hub
-
-    if arguments.limit < 1:
-        raise GryphonError("usage", f"--limit must be at least 1, got {arguments.limit}.")
-    line = StatusLine()
-    budget = current_budget()
-    with Hub(tell=line.show) as hub:
-        line.show("asking the hub")
-        try:
-            found = search_hub(hub, arguments.query, min(arguments.limit, 100))
-            line.show("reading what the models need")
-            verdicts = fits(hub, found, budget)
-        finally:
-            line.clear()
-    if arguments.json:
-        fields = [
-            dataclasses.asdict(one)
-            | {
-                "verdict": None if fit is None else fit.verdict,
-                "largest_context": None if fit is None else fit.largest_context,
-            }
-            for one, fit in zip(found, verdicts, strict=True)
-        ]
-        print(json.dumps(fields, indent=2))
-    elif not found:
-        print(f"The hub has nothing that runs here under {arguments.query!r}. Try fewer words.")
-    else:
-        here = {model.name for model in installed_models()}
-        rows = [
-            (
-                one.name,
-                human_bytes(one.weight_bytes),
-                one.family,
-                one.quantization,
-                str(one.downloads),
-                _fits(fit, one.weight_bytes > budget.bytes),
-                "installed" if one.name in here else "gated" if one.gated else "",
-            )
-            for one, fit in zip(found, verdicts, strict=True)
-        ]
-        print(table(["NAME", "SIZE", "FAMILY", "QUANTIZATION", "DOWNLOADS", "FITS", ""], rows))
-        print(
-            "\nFITS: the longest context here, about. `gryphon pull --dry-run NAME` has the "
-            "arithmetic,\nand `gryphon pull NAME` fetches one."
-        )
-    return 0
-
-
-def _fits(fit: Fit | None, is_too_large: bool) -> str:
-    if is_too_large or (fit is not None and fit.verdict == "does not fit"):
-        return "no"
-    if fit is None:
-        return "?"
-    context = "any" if fit.largest_context is None else f"{fit.largest_context} tokens"
-    return context if fit.verdict == "fits" else f"{context}, slowly"
 
 
 def verify(arguments: argparse.Namespace) -> int:
     """Read every file of a model and compare it with its digest; exit status 1 for damage."""
-    from app.library.transfer import file_error
+    from app.library.disk import file_error
     from app.library.verification import verify as verify_model
 
     path, name, source, adapter = _parts(arguments.name)
@@ -102,7 +45,7 @@ def verify(arguments: argparse.Namespace) -> int:
     finally:
         line.clear()
     damaged = [check for check in checks if check.problem is not None]
-    repairable = source == "hub" and any(check.path.parent == path for check in damaged)
+    repairable = source == "hub" and any(path in check.path.parents for check in damaged)
     if arguments.json:
         files = [
             {"name": check.name, "size": check.size, "digest_known": check.digest_known,
@@ -121,9 +64,12 @@ def verify(arguments: argparse.Namespace) -> int:
         )
     base = name if adapter is None else name.rpartition("+")[0]
     if repairable and arguments.repair:
-        return _repair(base, path, [one for one in damaged if one.path.parent == path], arguments)
-    if repairable and not arguments.json:
-        print(f"`gryphon verify --repair {base}` fetches what is damaged again.")
+        return _repair(base, path, [one for one in damaged if path in one.path.parents], arguments)
+    if damaged and not arguments.json:
+        if repairable:
+            print(f"`gryphon verify --repair {base}` fetches what is damaged again.")
+        elif base == DEFAULT_MODEL:
+            print(f"`gryphon rm {base}` and `gryphon pull {base}` fetch it anew.")
     return 1 if damaged else 0
 
 
@@ -132,6 +78,7 @@ def _parts(name: str | None) -> tuple[Path, str, Source, Path | None]:
 
     Not `find_model` alone: one that is damaged cannot be read as a model.
     """
+    name = resolve_alias(name) if name else None
     adapter = adapters.find_directory(name) if name else None
     place = find_place(adapter[1] if adapter else name) if name else None
     if place is None:
@@ -173,10 +120,10 @@ def remove(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         if not arguments.json:
             print(f"Would remove {what}{removal.name}, which frees {frees}: {removal.path}")
-            _tell_adapters(removal.needed_by)
+            _tell_what_needs_it(removal)
     else:
         if not arguments.yes:
-            _tell_adapters(removal.needed_by)
+            _tell_what_needs_it(removal)
             if not can_ask():
                 raise GryphonError(
                     "usage", f"Removing {removal.name} needs --yes where nobody can be asked."
@@ -187,7 +134,7 @@ def remove(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print(f"Removed {what}{removal.name}: {frees} are free again.")
             if arguments.yes:
-                _tell_adapters(removal.needed_by)
+                _tell_what_needs_it(removal)
     if arguments.json:
         print(
             json.dumps(
@@ -197,6 +144,7 @@ def remove(arguments: argparse.Namespace) -> int:
                     "freed_bytes": removal.freed_bytes,
                     "unfinished": removal.unfinished,
                     "needed_by": removal.needed_by,
+                    "named_by": removal.named_by,
                     "removed": not arguments.dry_run,
                 }
             )
@@ -205,10 +153,16 @@ def remove(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tell_adapters(names: tuple[str, ...]) -> None:
-    if names:
+def _tell_what_needs_it(removal: Removal) -> None:
+    if removal.needed_by:
         print(
-            f"It is the base of the adapters {', '.join(names)}: they stay, and are of no use "
-            "without it.",
+            f"It is the base of the adapters {', '.join(removal.needed_by)}: they stay, and are of "
+            "no use without it.",
+            file=sys.stderr,
+        )
+    if removal.named_by:
+        print(
+            f"It is {' and '.join(removal.named_by)}: choose another with `gryphon use` and "
+            "`gryphon alias`.",
             file=sys.stderr,
         )

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import BinaryIO
 
-from app import paths
+from app import paths, settings_file
 from app.settings import child_environment
 
 _MAX_LOG_BYTES = 1_000_000
@@ -47,7 +47,12 @@ class EngineProcess:
         return self._process is not None and self._process.poll() is not None
 
     def spawn(self) -> None:
-        """Start the child."""
+        """Start the child.
+
+        Raises:
+            GryphonError: "invalid_setting", or what `app.paths` raises.
+        """
+        settings_file.keep_alive_s()  # what is wrong is said here rather than in the child's log
         socket_path = paths.engine_socket()
         socket_path.unlink(missing_ok=True)
         read_fd, self._alive_fd = os.pipe()

@@ -26,7 +26,7 @@ import msgspec
 import psutil
 
 import app
-from app import last_used, paths
+from app import last_used, paths, settings_file
 from app.engine import blas
 from app.engine.call_grammar import not_enforced
 from app.engine.ledger import Ledger
@@ -439,7 +439,7 @@ async def _serve(socket_path: Path, alive_fd: int, backend: blas.Blas) -> None:
         settings.prefix_cache_bytes,
         _prefix_files(settings),
         memory_bytes=settings.memory_bytes,
-        keep_alive_s=settings.keep_alive_s,
+        keep_alive_s=settings_file.keep_alive_s(),
     )
     device = "Apple GPU" if mx.default_device() == mx.Device(mx.DeviceType.gpu) else "CPU"
     engine = Engine(backend, device, scheduler)

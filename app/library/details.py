@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.library import licenses
 from app.library.installed import InstalledModel, read_config, read_tensors, weight_files
 from mlxmodels.checkpoint import group_size, parameter_count
+from mlxmodels.errors import ModelError
 from mlxmodels.safetensors_header import TensorEntry
 
 # One name per fact; families that came before today's Hugging Face names call it something else.
@@ -39,7 +40,14 @@ class ModelDetails:
     kv_heads: int | None
     vocab_size: int | None
     license: str | None
-    has_chat_template: bool
+    chat_templates: dict[str, str]
+    """By name; a lone one is "default"."""
+    config: dict[str, Any]
+    """config.json."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.chat_templates)
 
 
 def describe(model: InstalledModel) -> ModelDetails:
@@ -66,8 +74,9 @@ def describe(model: InstalledModel) -> ModelDetails:
         parameters=parameter_count(config, tensors),
         weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         tensors=dict(storages.most_common()),
-        license=_license(model.path),
-        has_chat_template=_has_chat_template(model.path),
+        license=_license(model.path) or licenses.remembered(model.base or model.name),
+        chat_templates=_chat_templates(model.path),
+        config=config,
         **{fact: _first_int(config, names) for fact, names in _ALIASES.items()},
     )
 
@@ -91,11 +100,10 @@ def _license(path: Path) -> str | None:
     return None
 
 
-def _has_chat_template(path: Path) -> bool:
-    if (path / "chat_template.jinja").is_file() or (path / "chat_template.json").is_file():
-        return True
+def _chat_templates(path: Path) -> dict[str, str]:
+    from mlxmodels.tokenizer import read_chat_templates  # brings the tokenizers library
+
     try:
-        settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(settings, dict) and bool(settings.get("chat_template"))
+        return read_chat_templates(path)
+    except ModelError:
+        return {}

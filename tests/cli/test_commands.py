@@ -357,8 +357,9 @@ def test_list_says_when_a_model_was_last_used(tiny: Path, home: Path) -> None:
     assert "just now" in gryphon("list").stdout
     (mark,) = (home / "state" / "used").iterdir()
     assert (mark.stat().st_size, mark.stat().st_mode & 0o777) == (0, 0o600)
-    for age_s, said in ((90, "1 minute ago"), (7300, "2 hours ago"), (3e5, "3 days ago")):
-        os.utime(mark, (started - age_s, started - age_s))
+    for age_s, said in ((61, "1 minute ago"), (7300, "2 hours ago"), (3e5, "3 days ago")):
+        then = time.time() - age_s
+        os.utime(mark, (then, then))
         assert said in gryphon("list").stdout
     assert gryphon("rm", "--yes", "tiny").returncode == 0 and not mark.exists()
 
@@ -440,7 +441,7 @@ def test_ps_shows_the_engine_of_another_gryphon(endless: None) -> None:
     assert status["footprint_bytes"] > status["active_bytes"]
     shown = gryphon("ps").stdout
     assert "endless, ready" in shown and "kept for later requests" in shown
-    assert " used, " in shown
+    assert " for computing\n" in shown and " used\n" in shown
     heading, row = shown.splitlines()[-2:]
     assert heading.split()[:4] == ["request", "client", "model", "phase"]
     assert row.split()[0] == running["id"] and "decode" in row.split()
@@ -502,6 +503,22 @@ def test_doctor_names_what_would_be_used(tiny: Path) -> None:
     assert text.returncode == 0 and "GFLOP/s" in text.stdout
 
 
+def test_settings_that_are_wrong_are_said_before_an_engine_starts(
+    tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "config").mkdir()
+    settings = home / "config" / "settings.toml"
+    settings.write_text('keep_alive = "long"\n')
+    done = gryphon("run", "-m", "tiny", "Hi")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert f"{settings}: line 1: 'keep_alive' must be a number of seconds" in done.stderr
+    settings.unlink()
+    monkeypatch.setenv("GRYPHON_PREFIX_CACHE_BYTES", "much")
+    done = gryphon("run", "-m", "tiny", "Hi")
+    assert done.returncode == 1 and "GRYPHON_PREFIX_CACHE_BYTES must be" in done.stderr
+    assert not (home / "state" / "engine.log").exists()
+
+
 def test_help_does_not_wait_for_anything_heavy() -> None:
     """What makes a command slow to start is what it imports."""
     heavy = "mlx textual fastapi uvicorn huggingface_hub numpy transformers msgspec asyncio"
@@ -517,7 +534,8 @@ def test_help_does_not_wait_for_anything_heavy() -> None:
 
 
 _PARENT_ROOMS = ["cli.run", "cli.models", "cli.report", "cli.faces", "server.serving", "tui"]
-_PARENT_ROOMS += ["cli.pull", "cli.upkeep", "library.pull", "library.search"]
+_PARENT_ROOMS += ["cli.pull", "cli.upkeep", "cli.search", "cli.names"]
+_PARENT_ROOMS += ["library.pull", "library.search", "library.catalog", "settings_file"]
 
 
 @pytest.mark.parametrize("module", [f"app.{name}" for name in _PARENT_ROOMS])

@@ -17,6 +17,7 @@ from app.engine.memory import MemoryBudget, plan_load
 from app.errors import GryphonError
 from app.machine import RESERVE_BYTES, SystemMemory, binary_bytes, system_memory
 from app.settings import Settings
+from app.settings_file import keep_alive_s
 from mlxmodels.footprint import footprint
 
 from ..tiny_models import OPEN_LLAMA, write_model
@@ -184,11 +185,11 @@ def test_bytes_for_people(count: int, text: str) -> None:
 
 def test_the_settings_are_bytes_and_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings.from_environment().memory_bytes is None
-    assert Settings.from_environment().keep_alive_s == 300
+    assert (Settings.from_environment().keep_alive_s, keep_alive_s()) == (None, 300)
     monkeypatch.setenv("GRYPHON_MEMORY_BYTES", "1048576")
     monkeypatch.setenv("GRYPHON_KEEP_ALIVE", "-1")
     assert Settings.from_environment().memory_bytes == 2**20
-    assert Settings.from_environment().keep_alive_s == -1
+    assert Settings.from_environment().keep_alive_s == keep_alive_s() == -1
     for name, text in (("GRYPHON_MEMORY_BYTES", "8GiB"), ("GRYPHON_KEEP_ALIVE", "nan")):
         with monkeypatch.context() as patch, pytest.raises(GryphonError, match=name):
             patch.setenv(name, text)

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from app.library.hub import Hub
+
 from ..embedded_model import embedded_gguf, embedded_home
 from ..hub_server import HubServer, running
+from .model_files import model_files
+from .pulling import QUICK, SIZE
 
 __all__ = ["embedded_gguf", "embedded_home"]
 
@@ -31,3 +35,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         }.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         yield server
+
+
+@pytest.fixture
+def client(hub: HubServer) -> Iterator[Hub]:
+    with Hub(QUICK) as client:
+        yield client
+
+
+@pytest.fixture
+def files(hub: HubServer) -> dict[str, bytes]:
+    """The content of org/model."""
+    files = model_files(size=SIZE)
+    hub.add("org/model", files)
+    return files

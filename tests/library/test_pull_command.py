@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import random
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from typing import Any
 import pytest
 
 from app.cli import main
-from app.library.hub_cache import RepositoryCache
 from app.library.installed import find_model, installed_models
 
 from ..hub_server import HubServer
@@ -57,66 +55,6 @@ def events(output: str) -> list[dict[str, Any]]:
 def installed_files() -> dict[str, bytes]:
     (model,) = installed_models()
     return {path.name: path.read_bytes() for path in model.path.iterdir()}
-
-
-KILLS = int(os.environ.get("GRYPHON_TEST_KILLS", "5"))
-
-
-def test_killed_at_any_moment_it_goes_on_where_it_was(hub: HubServer) -> None:
-    files = model_files(shards=3, size=3_000_000)
-    total = sum(map(len, files.values()))
-    hub.add("org/model", files)
-    hub.bytes_per_s = 60e6  # or loopback holds whole files in its buffers
-    moments = random.Random(KILLS)
-    cache = RepositoryCache("org/model")
-    for _ in range(KILLS):
-        on_disk = sizes(cache)
-        answered = len(hub.answers())
-        budget = [moments.randrange(1, total // KILLS)]
-        process = started("pull", "org/model")
-
-        def count(
-            file: str,
-            offset: int,
-            process: subprocess.Popen[str] = process,
-            budget: list[int] = budget,
-        ) -> None:
-            budget[0] -= 1 << 16
-            if budget[0] < 0:
-                process.kill()
-
-        hub.on_bytes(count)
-        process.communicate(timeout=60)
-        hub.on_bytes(None)
-        assert process.returncode == -signal.SIGKILL
-        assert installed_models() == []
-        assert_continued(hub, answered, on_disk, files)
-    on_disk, answered = sizes(cache), len(hub.answers())
-    assert gryphon("pull", "org/model").returncode == 0
-    assert_continued(hub, answered, on_disk, files)
-    assert installed_files() == files
-    again = sum(one.sent for one in hub.answers()[answered:])
-    looked_at = 3 * 1000 + sum(len(data) for name, data in files.items() if name.endswith("json"))
-    assert again <= total - sum(on_disk.values()) + looked_at
-
-
-def sizes(cache: RepositoryCache) -> dict[str, int]:
-    """Bytes of each content that are on the disk."""
-    return {path.name.split(".")[0]: path.stat().st_size for path in cache.blobs.glob("*")}
-
-
-def assert_continued(
-    hub: HubServer, answered: int, on_disk: dict[str, int], files: dict[str, bytes]
-) -> None:
-    """The weights were asked for from the first byte that was missing, or not at all."""
-    for name, data in files.items():
-        if name.endswith(".safetensors"):
-            there = on_disk.get(hub.etag(name, data), 0)
-            asked = [one.start for one in hub.answers()[answered:] if one.file == name]
-            starts = [start for start in asked if start not in (0, 8)]  # those are the header's
-            # An earlier one may be of the process that was killed, answered late.
-            assert starts[-1:] in ([], [there]), (name, there, starts)
-            assert there < len(data) or not starts
 
 
 def test_ctrl_c_says_how_to_go_on(hub: HubServer) -> None:
@@ -377,3 +315,28 @@ def test_two_at_once_fetch_it_once(hub: HubServer) -> None:
     assert installed_files() == files
     whole = [one for one in hub.answers("model.safetensors") if one.sent > 1000]
     assert len(whole) == 1
+
+
+def test_show_has_what_the_pull_was_told_and_the_files_say(hub: HubServer, run: Run) -> None:
+    named = [{"name": "default", "template": "{{ a }}"}, {"name": "tools", "template": "{{ b }}"}]
+    files = model_files() | {"tokenizer_config.json": json.dumps({"chat_template": named}).encode()}
+    del files["chat_template.jinja"]
+    hub.add("org/model", files, license="gemma")
+    assert run("pull", "org/model").returncode == 0
+    shown = run("show", "org/model").stdout  # its card, which says the licence, was not fetched
+    assert "license        gemma\n" in shown and "chat template  default, tools\n" in shown
+    fields = json.loads(run("show", "org/model", "--json").stdout)
+    assert (fields["license"], fields["config"]) == ("gemma", CONFIG)
+    assert fields["chat_templates"] == {"default": "{{ a }}", "tools": "{{ b }}"}
+    assert run("show", "org/model", "--template").stdout.split("\n") == [
+        "{# default #}", "{{ a }}", "{# tools #}", "{{ b }}", ""
+    ]  # fmt: skip
+    assert json.loads(run("show", "org/model", "--config").stdout) == CONFIG
+    hub.add("org/other", model_files(), license=None)
+    run("pull", "org/other")
+    assert "license" not in run("show", "org/other").stdout
+    assert run("show", "org/other", "--template").stdout == "{{ messages }}\n"
+    run("rm", "org/model", "--yes")
+    hub.add("org/model", files, license=None)
+    run("pull", "org/model")
+    assert "license" not in run("show", "org/model").stdout

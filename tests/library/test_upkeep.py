@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from app.library.hub_cache import RepositoryCache
 from app.library.installed import find_model, installed_models
 from app.library.patience import Patience
 from app.library.search import search
+from app.library.verification import DIGESTS, write_digests
 
 from ..hub_server import Fault, HubServer
 from .model_files import CONFIG, model_files, safetensors
@@ -115,6 +117,28 @@ def test_models_without_digests_have_their_headers_checked(home: Path, run: Run)
     second.write_bytes(second.read_bytes()[:-1])
     done = run("verify", "mine")
     assert done.status == 1 and "cut short" in done.stdout and "--repair" not in done.stdout
+
+
+def test_models_made_here_are_compared_with_what_was_installed(home: Path, run: Run) -> None:
+    path = home / "data" / "models" / "smollm2-135m"
+    path.mkdir(parents=True)
+    for name, data in model_files().items():
+        (path / name).write_bytes(data)
+    write_digests(path)
+    assert stat.S_IMODE((path / DIGESTS).stat().st_mode) == 0o600
+    assert "is whole: 5 files, 5 compared" in run("verify", "smollm2-135m").stdout
+    weights = bytearray((path / "model.safetensors").read_bytes())
+    weights[-1] ^= 1  # which no header tells
+    (path / "model.safetensors").write_bytes(weights)
+    (path / "tokenizer.model").unlink()
+    done = run("verify", "smollm2-135m")
+    assert done.status == 1 and "2 of 5 files are damaged" in done.stdout
+    assert "model.safetensors: its content is not what was installed" in done.stdout
+    assert "tokenizer.model: its content is missing" in done.stdout
+    assert done.stdout.endswith("`gryphon pull smollm2-135m` fetch it anew.\n")
+    for text in ("{", "[]", '{"../x": 3, "config.json": "no digest"}'):
+        (path / DIGESTS).write_text(text)
+        assert "4 files, 0 compared" in run("verify", "smollm2-135m").stdout
 
 
 def test_links_that_lead_elsewhere_are_repaired(hub: HubServer, run: Run, tmp_path: Path) -> None:

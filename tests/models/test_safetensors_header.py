@@ -53,6 +53,7 @@ def test_an_empty_tensor_is_fine(tmp_path: Path) -> None:
         ({"a": GOOD | {"dtype": "F33"}}, bytes(24), "unknown dtype 'F33'"),
         ({"a": GOOD | {"shape": [2, -3]}}, bytes(24), "no valid shape"),
         ({"a": GOOD | {"shape": [2, 3.5]}}, bytes(24), "no valid shape"),
+        ({"a": GOOD | {"shape": [2, 3] + [1] * 31}}, bytes(24), "no valid shape"),
         ({"a": GOOD | {"data_offsets": [0]}}, bytes(24), "no valid shape"),
         ({"a": {"dtype": "F32"}}, bytes(24), "no valid shape"),
         ({"a": GOOD | {"shape": [2, 4]}}, bytes(24), "claims 24 bytes"),
