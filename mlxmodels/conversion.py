@@ -122,7 +122,7 @@ def convert(request: Request, progress: shards.Progress | None = None) -> Outcom
     dtypes = sorted({_short(v.dtype) for v in parameters.values() if _is_float(v)})
     shards.write(
         request.destination,
-        list(_units(parameters, floats, outcome.layers)),
+        _units(parameters, floats, outcome.layers),
         fingerprint,
         progress or shards.Progress(),
         request.shard_bytes,

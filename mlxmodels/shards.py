@@ -58,7 +58,7 @@ class Progress:
 
 def write(
     directory: Path,
-    units: Iterable[Unit],
+    units: Iterator[Unit],
     fingerprint: str,
     progress: Progress,
     shard_bytes: int = SHARD_BYTES,
@@ -66,7 +66,8 @@ def write(
     """Write the files of a model and their index into an existing directory.
 
     Args:
-        units: In the order of the files. Each is let go as soon as it is written.
+        units: In the order of the files. Each is let go as soon as it is written; from a list they
+            would not go.
         fingerprint: Of everything that decides the result.
 
     Raises:

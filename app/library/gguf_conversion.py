@@ -94,12 +94,12 @@ def convert(
     """
     reader = _open(source)
     config = _config(reader, family)
-    units = [
+    units = (
         Unit(tuple(entries), sum(entry.nbytes for entry in entries.values()), make)
         for entries, make in (
             (_entries(tensor), partial(_made, tensor, config)) for tensor in reader.tensors
         )
-    ]
+    )
     fingerprint = shards.fingerprint_of([source], config=config, shard_bytes=shard_bytes)
     shards.write(destination, units, fingerprint, progress or shards.Progress(), shard_bytes)
     _write_json(destination / "config.json", config)

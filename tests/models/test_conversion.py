@@ -251,8 +251,24 @@ def test_a_file_that_rotted_meanwhile_and_other_settings_are_written_again(tmp_p
     data[-1] ^= 1
     rotten.write_bytes(data)
     assert digests(converted(path, made, bits=4, group_size=32)) == want
-    again = digests(converted(path, made, bits=8, group_size=32))
-    assert again == digests(converted(path, tmp_path / "fresh", bits=8, group_size=32))
+    # The files of these two have the same names and sizes.
+    floats = converted(path, tmp_path / "floats", dtype="bfloat16")
+    again = digests(converted(path, floats, dtype="float16"))
+    assert again == digests(converted(path, tmp_path / "fresh", dtype="float16"))
+
+
+def test_a_source_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+    path = source(tmp_path / "source", wide("gemma"))
+
+    class Touch(shards.Progress):
+        def kept(self, shards: int, of: int) -> None:
+            os.utime(first_shard(path), ns=(shards, shards))
+
+    (tmp_path / "made").mkdir()
+    request = Request(path, tmp_path / "made", Packing(bits=8, group_size=32), SMALL)
+    with pytest.raises(ModelError, match="changed while it was converted"):
+        conversion.convert(request, Touch())
+    assert not (tmp_path / "made" / "config.json").exists()
 
 
 # What is refused -------------------------------------------------------------------------------
@@ -419,7 +435,7 @@ def test_shards_are_read_by_safetensors_itself_whatever_the_names(tmp_path: Path
         )
         for name, value in weights.items()
     ]
-    shards.write(tmp_path, units, "one", shards.Progress(), 40)
+    shards.write(tmp_path, iter(units), "one", shards.Progress(), 40)
     got = {n: v for file in tmp_path.glob("*.safetensors") for n, v in load_file(file).items()}
     assert got.keys() == weights.keys()
     assert all(np.array_equal(got[name], value) for name, value in weights.items())
