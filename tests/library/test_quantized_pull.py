@@ -196,6 +196,20 @@ def test_a_source_that_is_to_stay_or_was_here_stays(
     assert files == repository
 
 
+def test_what_another_revision_shares_stays(
+    hub: HubServer, repository: dict[str, bytes], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    other = full_precision(tmp_path / "other", seed=1, vocab_size=2000)
+    assert other["tokenizer.json"] == repository["tokenizer.json"]
+    hub.repositories["org/tiny"].commit(other, "v2")
+    assert run(capsys, "org/tiny@v2").status == 0
+    assert run(capsys, "org/tiny", *WAY).status == 0
+    assert names() == ["org/tiny@v2", "tiny-4bit-g32"]
+    place = find_model("org/tiny@v2").path
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == other
+
+
 def test_a_source_can_be_had_later_too(
     hub: HubServer, repository: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:

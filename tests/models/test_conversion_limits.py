@@ -130,7 +130,7 @@ def test_memory_stays_below_a_file_and_its_result(
     tmp_path: Path, asked: dict[str, Any], record_property: Record
 ) -> None:
     """What a process takes for a large checkpoint above what it took for a small one."""
-    layers = min(4 * SCALE, 80)
+    layers = min(4 * SCALE, 100)
     small = random_checkpoint(tmp_path / "small", GEMMA2 | SMALL, 20_000)
     total = layers * 21 * MEGABYTE
     config = GEMMA2 | LAYER | {"num_hidden_layers": layers}
