@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlxmodels import checkpoint, heads, quantization, registry
 from mlxmodels.checkpoint import listed
 from mlxmodels.errors import ModelError
+from mlxmodels.packing import Settings
 from mlxmodels.tokenizer import Tokenizer, read_chat_template
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -116,12 +117,29 @@ def load(
     )
 
 
+def load_lazily(path: str | Path) -> nn.Module:
+    """A causal language model whose float weights are read when they are computed with.
+
+    Raises:
+        ModelError: as `load`.
+    """
+    path = Path(path)
+    config = checkpoint.read_config(path)
+    registry.model_classes(config)
+    if registry.supported(config["model_type"]) != "native":
+        return _load_zoo(path, None, lazy=True)
+    files = checkpoint.weight_files(path)
+    return _load_native(path, files, config, heads.CAUSAL_LM, None, lazy=True)
+
+
 def _load_native(
     path: Path,
     files: list[Path],
     config: Mapping[str, Any],
     task: str,
     dtype: mx.Dtype | None,
+    *,
+    lazy: bool = False,
 ) -> nn.Module:
     weights: dict[str, mx.array] = {}
     for file in files:
@@ -140,7 +158,8 @@ def _load_native(
     _check_names(path, model, weights)
     model.load_weights(list(weights.items()), strict=False)
     model.eval()
-    mx.eval(model.parameters())
+    if not lazy:
+        mx.eval(model.parameters())
     return model
 
 
@@ -181,7 +200,7 @@ def building(path: Path) -> Iterator[None]:
 
 
 def _check_dtypes(
-    path: Path, weights: Mapping[str, mx.array], plan: Mapping[str, quantization.Settings]
+    path: Path, weights: Mapping[str, mx.array], plan: Mapping[str, Settings]
 ) -> None:
     """MLX reads dtypes it does not have (float8) as integers, which would compute nonsense."""
     for name, value in weights.items():
@@ -202,7 +221,7 @@ def _check_dtypes(
 def _one_dtype(
     config: Mapping[str, Any],
     weights: dict[str, mx.array],
-    plan: Mapping[str, quantization.Settings],
+    plan: Mapping[str, Settings],
 ) -> dict[str, mx.array]:
     """Weights of several dtypes in the one that config.json names, else the embedding's.
 
@@ -275,11 +294,11 @@ def _parameters(model: nn.Module) -> dict[str, mx.array]:
     return tree_flatten(model.parameters(), destination={})  # type: ignore[return-value]
 
 
-def _load_zoo(path: Path, dtype: mx.Dtype | None) -> nn.Module:
+def _load_zoo(path: Path, dtype: mx.Dtype | None, *, lazy: bool = False) -> nn.Module:
     from mlx_lm.utils import dequantize_model, load_model
 
     try:
-        model, _ = load_model(path, get_model_classes=registry.model_classes)
+        model, _ = load_model(path, lazy, get_model_classes=registry.model_classes)
     except ModelError:
         raise
     except Exception as error:  # mlx-lm raises whatever its models raise

@@ -20,18 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlxmodels.checkpoint import listed
 from mlxmodels.errors import ModelError
-
-# What mx.quantize of MLX 0.32 takes, mx.quantize's own default first. It also takes affine with 1
-# bit, which leaves the lowest and the highest weight of each group: no model survives that.
-_MODES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
-
-Settings = dict[str, Any]
-"""group_size, bits and mode, as mx.quantize takes them."""
+from mlxmodels.packing import MODES, Settings, complete
 
 Choice = Callable[[str, nn.Module], bool | Mapping[str, Any]]
 """Whether to pack a layer, or with which settings of its own; mlx-lm's `quant_predicate`."""
@@ -64,6 +53,31 @@ def quantize(
 ) -> Quantized:
     """Pack a model's layers, in place; all of them are chosen and checked before one is changed.
 
+    Args and errors as `plan`. Warns with the names of layers whose rows the group size does not
+    divide.
+    """
+    outcome = plan(model, bits=bits, group_size=group_size, mode=mode, choose=choose)
+    if outcome.undivided:
+        warnings.warn(
+            f"{len(outcome.undivided)} layers stay as they are, because their rows are not "
+            f"divisible by the group size: {listed(list(outcome.undivided))}",
+            stacklevel=2,
+        )
+    quantize_layers(model, outcome.layers)
+    mx.eval(model.parameters())
+    return outcome
+
+
+def plan(
+    model: nn.Module,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
+    choose: Choice | None = None,
+) -> Quantized:
+    """Choose the layers to pack and check that they can be; the model stays as it is.
+
     Args:
         model: A float model, a port of ours or mlx-lm's. What its `quant_predicate` keeps out stays
             as it is.
@@ -74,11 +88,9 @@ def quantize(
 
     Raises:
         ModelError: settings MLX does not have, a model already packed, or nothing left to pack.
-
-    Warns with the names of layers whose rows the group size does not divide.
     """
-    defaults = _complete({"mode": mode, "group_size": group_size, "bits": bits}, "the model")
-    plan: dict[str, Settings] = {}
+    defaults = complete({"mode": mode, "group_size": group_size, "bits": bits}, "the model")
+    layers: dict[str, Settings] = {}
     undivided: list[str] = []
     for name, layer in _packable(model).items():
         settings = _chosen(name, layer, defaults, (getattr(model, "quant_predicate", None), choose))
@@ -87,23 +99,15 @@ def quantize(
         if layer.weight.shape[-1] % settings["group_size"]:
             undivided.append(name)
         else:
-            plan[name] = settings
-    if not plan:
+            layers[name] = settings
+    if not layers:
         raise ModelError(
             f"no layer can be packed in groups of {defaults['group_size']}"
             + (f": they do not divide the rows of {listed(undivided)}." if undivided else ".")
         )
-    if undivided:
-        warnings.warn(
-            f"{len(undivided)} layers stay as they are, because their rows are not divisible by "
-            f"the group size: {listed(undivided)}",
-            stacklevel=2,
-        )
-    quantize_layers(model, plan)
-    mx.eval(model.parameters())
-    own = {name: settings for name, settings in plan.items() if settings != defaults}
+    own = {name: settings for name, settings in layers.items() if settings != defaults}
     entry = defaults | own | dict.fromkeys(undivided, False)
-    return Quantized(layers=plan, undivided=tuple(undivided), settings=entry)
+    return Quantized(layers=layers, undivided=tuple(undivided), settings=entry)
 
 
 def layer_settings(
@@ -203,30 +207,10 @@ def _chosen(
     for choice in choices:
         answer = True if choice is None else choice(name, layer)
         if isinstance(answer, Mapping):
-            settings = _complete(answer, name)
+            settings = complete(answer, name)
         elif not answer:
             return None
     return settings
-
-
-def _complete(asked: Mapping[str, Any], what: str) -> Settings:
-    """Settings with the mode's defaults filled in.
-
-    Raises:
-        ModelError: MLX has no such mode, group size or bits.
-    """
-    mode = asked.get("mode", "affine")  # what a layer's to_quantized takes an absent mode for
-    if mode not in _MODES:
-        known_modes = ", ".join(_MODES)
-        raise ModelError(f"{what} cannot be packed in mode {mode!r}; known are {known_modes}.")
-    settings: Settings = {}
-    for key, known in zip(("group_size", "bits"), _MODES[mode], strict=True):
-        value = asked.get(key)
-        settings[key] = known[0] if value is None else value
-        if type(settings[key]) is not int or settings[key] not in known:
-            values = ", ".join(map(str, sorted(known)))
-            raise ModelError(f"{what} cannot be packed with {key} {value!r}: {mode} has {values}.")
-    return {**settings, "mode": mode}
 
 
 def _settings(layer: str, described: Mapping[str, Any], scales: mx.array) -> Settings:
@@ -239,9 +223,9 @@ def _settings(layer: str, described: Mapping[str, Any], scales: mx.array) -> Set
         mode = "affine"  # as mlx-lm reads it: gpt-oss is mxfp4 but for such entries
     settings = {key: own.get(key, described.get(key)) for key in ("group_size", "bits")}
     valid = all(type(value) is int and value > 0 for value in settings.values())
-    if not valid or mode not in tuple(_MODES):
+    if not valid or mode not in tuple(MODES):
         raise ModelError(
             f"config.json quantizes {layer} with {settings} and mode {mode!r}, "
-            f"expected two numbers and one of {', '.join(_MODES)}."
+            f"expected two numbers and one of {', '.join(MODES)}."
         )
     return {**settings, "mode": mode}

@@ -30,6 +30,21 @@ def supported(model_type: str) -> Literal["native", "zoo"] | None:
     return "zoo" if is_model else None
 
 
+def known(model_type: str) -> Literal["native", "zoo"]:
+    """As `supported`.
+
+    Raises:
+        ModelError: nothing runs this family.
+    """
+    kind = supported(model_type)
+    if kind is None:
+        raise ModelError(
+            f"models of the family {model_type!r} are not supported; Gryphon's own ports are "
+            f"{', '.join(NATIVE)}; others run through mlx-lm if it knows them."
+        )
+    return kind
+
+
 def zoo_source(model_type: str) -> str:
     """The source of mlx-lm's file for a model_type, empty if it has none; not run."""
     name = _zoo_aliases().get(model_type, model_type)
@@ -48,13 +63,7 @@ def model_classes(config: Mapping[str, Any]) -> tuple[type, type]:
         ModelError: nothing runs this family.
     """
     model_type = config["model_type"]
-    kind = supported(model_type)
-    if kind is None:
-        raise ModelError(
-            f"models of the family {model_type!r} are not supported; Gryphon's own ports are "
-            f"{', '.join(NATIVE)}; others run through mlx-lm if it knows them."
-        )
-    if kind == "native":
+    if known(model_type) == "native":
         module = import_module(NATIVE[model_type])
         return module.Model, module.ModelArgs
     from mlx_lm.utils import _get_classes  # costs most of a second: it imports transformers

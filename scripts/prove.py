@@ -36,6 +36,10 @@ PROOFS = {
         "tests/engine/test_constrained_json.py",
     ),
     "soak": ("random load on a small machine leaves nothing", "tests/engine/test_soak.py"),
+    "convert": (
+        "a conversion killed at random, and one of 2 GB in memory (from scale 25 on)",
+        "tests/models/test_conversion_limits.py",
+    ),
     "crash": ("kill -9 of the engine at every stage", "tests/engine/test_crash.py"),
     "conformance": (
         "the endpoint keeps to its OpenAPI document: schemathesis, all checks",

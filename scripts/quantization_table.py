@@ -295,6 +295,21 @@ Mean KL over {random_tokens} random tokens, hidden size 256, 6 layers, window 12
 a family. Random weights say nothing about the quality of trained ones.
 
 {random}
+
+## What a conversion packs
+
+`gryphon convert` and `gryphon pull -q` pack every linear layer and embedding whose rows the group
+size divides, with the tensors that `mlx_lm.convert` makes. Norms, convolutions, RG-LRU gates and
+heads of a few labels stay floats, and a layer that the model itself wants packed in its own way
+(routers of experts) is. config.json gets `quantization` and `quantization_config`, with an entry
+for each layer that differs from the defaults. Floats are stored in the dtype that config.json
+names, as mlx-lm does it, unless `--dtype` says otherwise.
+
+A recipe, `mixed_2_6`, `mixed_3_4`, `mixed_3_6` or `mixed_4_6`, gives its second number of bits to
+the head, and to value and down projections in the first and last eighth of the layers and in
+every third between them, its first number to the rest. `--eval FILE` measures the perplexity of
+source and result on a text of yours, in windows of 1024 tokens; the tables above say what to
+expect.
 """
 
 

@@ -13,6 +13,7 @@ import pytest
 from app.errors import GryphonError
 from app.library import embedded, gguf_conversion, gguf_tokenizer
 from app.library.wheel_fetch import fetch
+from mlxmodels import shards
 
 
 @contextlib.contextmanager
@@ -32,9 +33,8 @@ def embedded_home(pytestconfig: pytest.Config) -> Path:
     Kept in pytest's cache under a name that changes with the installation, so that a change to it
     is tested on a model installed with it. `pull` itself keeps parallel sessions apart.
     """
-    sources = [
-        Path(module.__file__ or "") for module in (embedded, gguf_conversion, gguf_tokenizer)
-    ]
+    modules = (embedded, gguf_conversion, gguf_tokenizer, shards)
+    sources = [Path(module.__file__ or "") for module in modules]
     key = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     home = Path(pytestconfig.cache.mkdir(f"gryphon-home-{key}"))
     with pytest.MonkeyPatch.context() as patch, _skipped_when_offline():

@@ -114,6 +114,26 @@ def _yes_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-y", "--yes", action="store_true", help="do not ask before a download")
 
 
+def _packing_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("quantization")
+    group.add_argument("-q", "--bits", type=int, metavar="BITS", help="2, 3, 4, 5, 6 or 8")
+    group.add_argument(
+        "--group-size", type=int, metavar="N", help="weights that share a scale: 32, 64 or 128"
+    )
+    group.add_argument("--mode", metavar="MODE", help="affine (default), mxfp4, mxfp8 or nvfp4")
+    group.add_argument(
+        "--recipe", metavar="NAME",
+        help="instead of -q, more bits where it counts: mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6",
+    )  # fmt: skip
+
+
+def _conversion_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shard-bytes", type=int, metavar="N",
+        help="of weights in a file of the result, and what a kill can cost; default: 1 GB",
+    )  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -183,7 +203,8 @@ def build_parser() -> argparse.ArgumentParser:
         "pull",
         help="fetch a model",
         description="Fetch a model from the Hugging Face Hub into its cache, where other programs "
-        "find it too. What an interrupted pull has fetched is kept: pull again to continue.",
+        "find it too. What an interrupted pull has fetched is kept: pull again to continue. With "
+        "-q a full-precision model is fetched, converted to a quantized one and removed.",
     )
     pull.add_argument(
         "name", metavar="MODEL", help="ORG/NAME on the hub, ORG/NAME@REVISION, or smollm2-135m"
@@ -192,6 +213,41 @@ def build_parser() -> argparse.ArgumentParser:
     _yes_option(pull)
     pull.add_argument("--dry-run", action="store_true", help="say what it would fetch, and stop")
     pull.add_argument("--json", action="store_true", help="events, one JSON object a line")
+    _packing_options(pull)
+    pull.add_argument(
+        "--out", metavar="NAME", help="with -q: what the result is called; default: NAME-4bit"
+    )
+    pull.add_argument(
+        "--keep-source", action="store_true", help="with -q: keep what was fetched, as a model too"
+    )
+    _conversion_options(pull)
+
+    convert = commands.add_parser(
+        "convert",
+        help="quantize a model, or bring it into MLX's form",
+        description="Convert a checkpoint on this machine: a directory as Hugging Face's "
+        "transformers write it, an installed model, or a GGUF file of the llama architecture. "
+        "The source stays. What an interrupted conversion has written is kept: the same command "
+        "goes on from there.",
+    )
+    convert.add_argument("source", metavar="SRC", help="a directory, an installed model, a .gguf")
+    _packing_options(convert)
+    convert.add_argument(
+        "--dtype", metavar="DTYPE",
+        help="of what is not quantized: bfloat16, float16, float32; default: what config.json says",
+    )  # fmt: skip
+    convert.add_argument(
+        "--out", metavar="OUT",
+        help="name of the result among Gryphon's models, or a new directory; default: SRC-4bit",
+    )  # fmt: skip
+    convert.add_argument(
+        "--eval", type=Path, metavar="FILE",
+        help="report how well source and result foretell this text (perplexity)",
+    )  # fmt: skip
+    _conversion_options(convert)
+    convert.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    convert.add_argument("--dry-run", action="store_true", help="say what it would make, and stop")
+    convert.add_argument("--json", action="store_true", help="events, one JSON object a line")
 
     search = commands.add_parser(
         "search", help="find models on the hub", description="Models of the Hugging Face Hub that "
@@ -301,6 +357,7 @@ _COMMANDS = {
     "serve": "app.cli.faces:serve",
     "run": "app.cli.run:run",
     "pull": "app.cli.pull:pull",
+    "convert": "app.cli.convert:convert",
     "list": "app.cli.models:list_models",
     "show": "app.cli.models:show",
     "use": "app.cli.names:use",

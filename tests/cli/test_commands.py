@@ -536,6 +536,8 @@ def test_help_does_not_wait_for_anything_heavy() -> None:
 _PARENT_ROOMS = ["cli.run", "cli.models", "cli.report", "cli.faces", "server.serving", "tui"]
 _PARENT_ROOMS += ["cli.pull", "cli.upkeep", "cli.search", "cli.names"]
 _PARENT_ROOMS += ["library.pull", "library.search", "library.catalog", "settings_file"]
+_PARENT_ROOMS += ["cli.convert", "library.conversion", "library.gguf_conversion"]
+_PARENT_ROOMS += ["library.evaluation", "library.quantized_pull"]
 
 
 @pytest.mark.parametrize("module", [f"app.{name}" for name in _PARENT_ROOMS])

@@ -13,11 +13,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from app.errors import GryphonError
 from app.library import gguf_conversion
 from app.library.gguf_conversion import convert, module_name, pack, quantize_blocks
+from mlxmodels import shards
+from mlxmodels.tokenizer import Tokenizer as MlxTokenizer
+
+from ..models.tokenizer_goldens import TEXTS, files_of
 
 HEADS, KV_HEADS, HIDDEN, LAYERS = 4, 2, 64, 2
 
@@ -50,6 +55,29 @@ def dequantized(weights: dict[str, mx.array], module: str, bits: int) -> np.ndar
             bits=bits,
         )
     )
+
+
+K_BYTES = {Type.Q4_K: 144, Type.Q5_K: 176}
+
+
+@pytest.mark.parametrize("kind", K_BYTES)
+def test_k_blocks_dequantize_to_the_same_numbers(kind: Type) -> None:
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (5, 3, K_BYTES[kind]), dtype=np.uint8)
+    scale = rng.standard_normal((5, 3, 2)).astype(np.float16)  # gguf writes no such blocks
+    blocks[..., :4] = scale.view(np.uint8)
+    data = blocks.reshape(5, -1)
+    quantized = quantize_blocks(data, kind)
+    assert quantized is not None
+    q, scales, biases, bits = quantized
+    assert (q.shape, scales.shape, scales.dtype) == ((5, 768), (5, 24), np.float32)
+    weights = {
+        "m.weight": mx.array(pack(q, bits)),
+        "m.scales": mx.array(scales),
+        "m.biases": mx.array(biases),
+    }
+    want = gguf.quants.dequantize(data, kind)
+    np.testing.assert_array_equal(dequantized(weights, "m", bits), want)
 
 
 @pytest.mark.parametrize("magnitude", [1e-6, 1.0, 1e4], ids="{:g}".format)
@@ -88,6 +116,17 @@ def test_other_types_are_left_to_expansion() -> None:
     assert quantize_blocks(np.zeros((1, 210), np.uint8), Type.Q6_K) is None
 
 
+@pytest.mark.parametrize("kind", [Type.BF16, Type.F16])
+def test_what_is_expanded_is_exact_in_the_narrowest_type(tmp_path: Path, kind: Type) -> None:
+    weights = llama_weights()
+    up = "blk.1.ffn_up.weight"
+    made, _ = converted(write_gguf(tmp_path / "m.gguf", weights, {up: kind}), tmp_path / "out")
+    got = made["model.layers.1.mlp.up_proj.weight"]
+    want = gguf.quants.dequantize(gguf.quants.quantize(weights[up], kind), kind)
+    assert got.dtype == {Type.BF16: mx.bfloat16, Type.F16: mx.float16}[kind]
+    np.testing.assert_array_equal(np.array(got.astype(mx.float32)), want)
+
+
 def llama_cpp_row_order(weight: np.ndarray, heads: int) -> np.ndarray:
     """`LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py: half-split to interleaved."""
     return (
@@ -110,8 +149,10 @@ def write_gguf(
     change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     architecture: str = "llama",
     pre: str = "smollm",
+    pieces: SentencePieceProcessor | None = None,
 ) -> Path:
-    """A small model of the llama architecture with a byte-level tokenizer."""
+    """A small model of the llama architecture, with a byte-level tokenizer or a sentencepiece
+    model's."""
     tokens = [
         "<|endoftext|>",
         "<|im_start|>",
@@ -132,11 +173,18 @@ def write_gguf(
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_license("mit")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(["Ġ t", "h e", "Ġt he", "1 2"])
+    if pieces is None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges(["Ġ t", "h e", "Ġt he", "1 2"])
+    else:
+        ids = list(range(pieces.vocab_size()))
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(pieces.id_to_piece(ids))
+        writer.add_token_scores(pieces.get_score(ids))
+        writer.add_token_types([kind_of(pieces, id) for id in ids])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template("{{ 'ünï' }}\n")
@@ -152,9 +200,19 @@ def write_gguf(
     return path
 
 
-def llama_weights(untied: bool = False) -> dict[str, np.ndarray]:
+def kind_of(pieces: SentencePieceProcessor, id: int) -> gguf.TokenType:
+    if pieces.is_unknown(id):
+        return gguf.TokenType.UNKNOWN
+    if pieces.is_control(id):
+        return gguf.TokenType.CONTROL
+    if pieces.is_unused(id):
+        return gguf.TokenType.UNUSED
+    return gguf.TokenType.BYTE if pieces.is_byte(id) else gguf.TokenType.NORMAL
+
+
+def llama_weights(untied: bool = False, vocabulary: int = 263) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
-    shapes = {"token_embd": (263, HIDDEN), "output_norm": (HIDDEN,)}
+    shapes = {"token_embd": (vocabulary, HIDDEN), "output_norm": (HIDDEN,)}
     if untied:
         shapes["output"] = (263, HIDDEN)
     for layer in range(LAYERS):
@@ -179,7 +237,7 @@ def llama_weights(untied: bool = False) -> dict[str, np.ndarray]:
 
 def converted(source: Path, destination: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     destination.mkdir()
-    convert(source, destination, lambda done, total: None)
+    convert(source, destination, family="open-llama")
     weights = mx.load(str(destination / "model.safetensors"))
     assert isinstance(weights, dict)
     return weights, json.loads((destination / "config.json").read_text())
@@ -245,6 +303,63 @@ def test_tokenizer_files(tmp_path: Path) -> None:
     assert generation["eos_token_id"] == [2, 0]
 
 
+def test_sentencepiece_pieces_give_the_ids_of_their_model(tmp_path: Path) -> None:
+    files = files_of("open_llama")
+    original = tmp_path / "original"
+    original.mkdir()
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        (original / name).write_bytes(files[name])
+    pieces = SentencePieceProcessor(model_file=str(original / "tokenizer.model"))
+    weights = llama_weights(vocabulary=pieces.vocab_size())
+    converted(write_gguf(tmp_path / "m.gguf", weights, pieces=pieces), tmp_path / "out")
+    ours, want = (MlxTokenizer.from_directory(tmp_path / name) for name in ("out", "original"))
+    for text in TEXTS:
+        if text.startswith(" ") or "\N{LOWER ONE EIGHTH BLOCK}" in text:
+            continue  # see mlxmodels.sentencepiece_model on what a tokenizer.json does there
+        assert ours.encode(text, True) == want.encode(text, True), text
+        assert ours.decode(ours.encode(text, False)) == want.decode(want.encode(text, False))
+
+
+def test_words_of_llama_3_are_split_as_its_pattern_says(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", llama_weights(), pre="llama-bpe")
+    converted(path, tmp_path / "out")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    split = tokenizer.pre_tokenizer.pre_tokenize_str("I'LL pay 12345 the  !?\n\n x")
+    words = [word.replace("Ġ", " ").replace("Ċ", "\n") for word, _ in split]
+    assert words == ["I", "'LL", " pay", " ", "123", "45", " the", " ", " !?\n\n", " x"]
+    assert (
+        tokenizer.decode(tokenizer.encode("the 12 é", add_special_tokens=False).ids) == "the 12 é"
+    )
+
+
+def test_an_embedding_that_is_not_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", llama_weights(vocabulary=100))
+    with pytest.raises(GryphonError, match="263 tokens, and an embedding of 100"):
+        converted(path, tmp_path / "out")
+
+
+def test_killed_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", llama_weights())
+
+    class Killed(shards.Progress):
+        def kept(self, shards: int, of: int) -> None:
+            if shards == 4:
+                raise KeyboardInterrupt
+
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    convert(path, tmp_path / "whole", shard_bytes=50_000)
+    with pytest.raises(KeyboardInterrupt):
+        convert(path, tmp_path / "resumed", Killed(), shard_bytes=50_000)
+    first = sorted((tmp_path / "resumed").iterdir())[0]
+    written = first.stat().st_mtime_ns
+    convert(path, tmp_path / "resumed", shard_bytes=50_000)
+    assert first.stat().st_mtime_ns == written
+    files = [[(f.name, f.read_bytes()) for f in sorted((tmp_path / n).iterdir())]
+             for n in ("whole", "resumed")]  # fmt: skip
+    assert len(files[0]) > 6 and files[0] == files[1]
+
+
 def expert(writer: gguf.GGUFWriter) -> None:
     writer.add_expert_count(8)
 
@@ -257,7 +372,7 @@ def scaled(writer: gguf.GGUFWriter) -> None:
     ("options", "named"),
     [
         ({"architecture": "qwen2"}, "'qwen2'"),
-        ({"pre": "llama-bpe"}, "'llama-bpe'"),
+        ({"pre": "tekken"}, "'tekken'"),
         ({"change": expert}, "llama.expert_count"),
         ({"change": scaled}, "llama.rope.scaling.type"),
     ],
@@ -296,10 +411,15 @@ def test_the_process_reports_progress_and_failure_as_json(
     monkeypatch.setattr(sys, "argv", [])
     (tmp_path / "out").mkdir()
     source = write_gguf(tmp_path / "m.gguf", llama_weights())
-    assert gguf_conversion.main([str(source), str(tmp_path / "out")]) == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["done"] == last["total"] == len(llama_weights())
-    assert gguf_conversion.main([str(tmp_path / "absent.gguf"), str(tmp_path / "out")]) == 1
+    assert gguf_conversion.main([str(source), str(tmp_path / "out"), "llama"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    done = [event for event in events if "done" in event]
+    assert len(done) == len(llama_weights())
+    size = sum(weight.nbytes for weight in llama_weights().values())
+    assert done[-1]["done"] == done[-1]["total"] == size
+    assert events[-1] == {"kept": 1, "shards": 1}
+    absent = str(tmp_path / "absent.gguf")
+    assert gguf_conversion.main([absent, str(tmp_path / "out"), "llama"]) == 1
     assert json.loads(capsys.readouterr().out)["code"] == "invalid_model"
 
 

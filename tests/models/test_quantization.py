@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlxmodels import ModelError, load, quantization
+from mlxmodels import ModelError, load, packing, quantization
 from mlxmodels.quantization import quantize
 
 from ..embedded_model import embedded_home
@@ -178,15 +178,15 @@ def test_a_packed_model_is_not_packed_again() -> None:
 
 def test_the_known_settings_are_mlx_s_but_for_one_bit() -> None:
     weight = mx.random.normal((2, 256))
-    for mode, group_size, bits in product(quantization._MODES, (8, 16, 32, 64, 128, 256), range(9)):
-        group_sizes, widths = quantization._MODES[mode]
+    for mode, group_size, bits in product(packing.MODES, (8, 16, 32, 64, 128, 256), range(9)):
+        group_sizes, widths = packing.MODES[mode]
         try:
             mx.eval(mx.quantize(weight, group_size, bits, mode=mode))
         except ValueError:
             assert group_size not in group_sizes or bits not in widths
         else:
             assert group_size in group_sizes and (bits in widths or bits == 1)
-    for mode, (group_sizes, widths) in quantization._MODES.items():
+    for mode, (group_sizes, widths) in packing.MODES.items():
         got = mx.quantize(weight, mode=mode)
         want = mx.quantize(weight, group_sizes[0], widths[0], mode=mode)
         assert all(mx.array_equal(a, b) for a, b in zip(got, want, strict=True))
