@@ -517,7 +517,7 @@ def test_help_does_not_wait_for_anything_heavy() -> None:
 
 
 _PARENT_ROOMS = ["cli.run", "cli.models", "cli.report", "cli.faces", "server.serving", "tui"]
-_PARENT_ROOMS += ["cli.pull", "cli.upkeep", "library.pull", "library.search"]
+_PARENT_ROOMS += ["cli.pull", "cli.upkeep", "cli.editor", "library.pull", "library.search"]
 
 
 @pytest.mark.parametrize("module", [f"app.{name}" for name in _PARENT_ROOMS])
