@@ -92,6 +92,8 @@ def _described(wanted: Configuration, setup: Setup) -> list[str]:
     lines += [f"{number}. {step}" for number, step in enumerate(wanted.steps, 1)]
     lines += [""] if wanted.steps else []
     lines += wanted.notes
+    if setup.endpoint.url.startswith("https"):
+        lines.append("The endpoint speaks https: the editor has to trust its certificate.")
     if not setup.endpoint.is_running:
         lines.append(f"No endpoint runs at {setup.endpoint.url} now; `{_serve(setup)}` starts one.")
     if wanted.files:
