@@ -56,6 +56,12 @@ class Settings:
     engine_log_level: str = "warning"
     """GRYPHON_LOG: debug, info, warning or error; never includes prompt text."""
 
+    codex_home: Path | None = None
+    """CODEX_HOME: where Codex keeps its configuration, for `gryphon editor`."""
+
+    claude_config_dir: Path | None = None
+    """CLAUDE_CONFIG_DIR: where Claude Code keeps its settings, for `gryphon editor`."""
+
     @classmethod
     def from_environment(cls) -> Settings:
         """Read the environment.
@@ -76,6 +82,8 @@ class Settings:
             keep_alive_s=_keep_alive(),
             default_model=env.get("GRYPHON_MODEL") or None,
             engine_log_level=env.get("GRYPHON_LOG", "warning"),
+            codex_home=_path("CODEX_HOME"),
+            claude_config_dir=_path("CLAUDE_CONFIG_DIR"),
         )
 
 

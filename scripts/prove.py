@@ -7,7 +7,8 @@ scripts/prove --scale 6 --record     # another number, and appends it
 scripts/prove --only crash           # some of the proofs
 
 A proof is a test file in PROOFS whose tests repeat by `tests.rounds.rounds` and say what they
-counted with pytest's `record_property`: numbers are added up over a file's tests.
+counted with pytest's `record_property`: numbers are added up over a file's tests. "clients" does
+not repeat: it is here because its programs take long to install.
 """
 
 import argparse
@@ -54,6 +55,7 @@ PROOFS = {
         "pulls killed, stalled, corrupted, replaced, refused or out of disk end byte-identical",
         "tests/library/test_pull_faults.py",
     ),
+    "clients": ("aider edits a repository, oterm chats", "tests/clients/agents.py"),
 }
 """What each shows, and the tests that show it."""
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app import __version__
+from app.cli.editors import EDITORS
 from app.errors import GryphonError
 
 EXIT_OK = 0
@@ -343,6 +344,26 @@ def build_parser() -> argparse.ArgumentParser:
         "in memory and on disk. Chats stay in the history; their next turn takes longer once.",
     )
 
+    editor = commands.add_parser(
+        "editor",
+        help="what an editor or a coding agent has to be told to use Gryphon",
+        description="Print the configuration that makes an editor or a coding agent use the models "
+        "of this machine, and where it goes. --write puts it there, after showing what would "
+        "change, keeps the rest of the file as it is, and a copy of how it was.",
+    )
+    editor.add_argument("name", metavar="EDITOR", choices=EDITORS, help=", ".join(EDITORS))
+    editor.add_argument("-m", "--model", help="this model alone; default: every installed one")
+    editor.add_argument(
+        "--port", type=int, help=f"default: the endpoint that runs, else {DEFAULT_PORT}"
+    )
+    editor.add_argument("--write", action="store_true", help="merge it into the editor's files")
+    editor.add_argument("-y", "--yes", action="store_true", help="write without asking")
+    editor.add_argument(
+        "--show-key", action="store_true",
+        help="print and write GRYPHON_API_KEY itself instead of where the editor finds it",
+    )  # fmt: skip
+    editor.add_argument("--json", action="store_true")
+
     doctor = commands.add_parser("doctor", help="versions, device, paths, and what would be used")
     doctor.add_argument(
         "--kernels", action="store_true", help="check and time every Metal kernel on this machine"
@@ -370,6 +391,7 @@ _COMMANDS = {
     "prune": "app.cli.disk:prune",
     "ps": "app.cli.report:ps",
     "forget": "app.cli.forget:forget",
+    "editor": "app.cli.editor:editor",
     "doctor": "app.cli.report:doctor",
 }
 

@@ -81,6 +81,19 @@ def describe(model: InstalledModel) -> ModelDetails:
     )
 
 
+def mentions_tools(model: InstalledModel) -> bool:
+    """Whether its chat template speaks of tools: without, it cannot be told of them."""
+    texts = []
+    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+        try:
+            text = (model.path / name).read_text(encoding="utf-8", errors="replace")
+            read = text if name.endswith(".jinja") else json.loads(text)
+        except (OSError, ValueError, RecursionError):
+            continue
+        texts.append(str(read.get("chat_template") if isinstance(read, dict) else read))
+    return any("tools" in text for text in texts)
+
+
 def _first_int(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
     return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 

@@ -21,6 +21,7 @@ from app import paths
 from app.errors import GryphonError
 from app.library import installed
 from app.server import connections, log_file, tls
+from app.server.announcement import announced
 from app.server.application import KEEP_ALIVE_S, create_app
 from app.server.errors import log_fault
 from app.server.generation import Ending, Engine, Models
@@ -141,6 +142,8 @@ class _Endpoint:
         own_name = gethostname().lower()
         async with contextlib.AsyncExitStack() as leaving:
             leaving.callback(self.close_sockets)
+            has_key = self.options.api_key is not None
+            leaving.enter_context(announced(self.url, has_key=has_key))
             engine = self.engine_factory()
             leaving.push_async_callback(engine.close)
             ending = Ending()

@@ -538,6 +538,7 @@ _PARENT_ROOMS += ["cli.pull", "cli.upkeep", "cli.search", "cli.names"]
 _PARENT_ROOMS += ["library.pull", "library.search", "library.catalog", "settings_file"]
 _PARENT_ROOMS += ["cli.convert", "library.conversion", "library.gguf_conversion"]
 _PARENT_ROOMS += ["library.evaluation", "library.quantized_pull"]
+_PARENT_ROOMS += ["cli.editor"]
 
 
 @pytest.mark.parametrize("module", [f"app.{name}" for name in _PARENT_ROOMS])
