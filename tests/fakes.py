@@ -29,13 +29,14 @@ class FakeEngine:
     `answers` holds, per coming request, a list of pieces: a str becomes a `Token`, an event goes
     out as it is (its id filled in), an `asyncio.Event` is waited for. After the pieces the request
     finishes by itself unless a piece was terminal. Requests made are kept in `requests`,
-    cancelled ids in `cancelled`.
+    cancelled ids in `cancelled`, forgotten chats in `forgotten`.
     """
 
     def __init__(self, answers: Sequence[Sequence[str | Event | asyncio.Event]] = ()) -> None:
         self.answers = list(answers)
         self.requests: list[GenerationRequest] = []
         self.cancelled: list[str] = []
+        self.forgotten: list[str] = []
         self.starts = 0
         self.crashes = 0
         self.prompt_tokens = 7
@@ -49,6 +50,9 @@ class FakeEngine:
 
     async def close(self) -> None:
         self.closed = True
+
+    async def forget_chat(self, chat: str) -> None:
+        self.forgotten.append(chat)
 
     async def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)

@@ -7,14 +7,6 @@ from app.history.records import Conversation, StoredMessage
 from app.history.store import History
 
 
-def engine_chat(conversation: int) -> str:
-    """The name under which the engine keeps what it has read of a conversation.
-
-    Whoever deletes a conversation passes it to `EngineClient.forget_chat`.
-    """
-    return f"history-{conversation}"
-
-
 class Chat:
     """One path through a conversation's tree. It is written to the file from its first word on;
     an empty chat is no row at all."""
@@ -26,6 +18,11 @@ class Chat:
         """Root to leaf: what is shown."""
         self.draft = ""
         """Typed and not sent, as last saved."""
+
+    @property
+    def engine_chat(self) -> str:
+        """The name under which the engine keeps what it has read of it."""
+        return self._conversation().engine_chat
 
     def resume(self) -> bool:
         """Open the chat used last of those that no other gryphon has open; False when that is
