@@ -36,6 +36,11 @@ PROOFS = {
         "tests/engine/test_constrained_json.py",
     ),
     "soak": ("random load on a small machine leaves nothing", "tests/engine/test_soak.py"),
+    "history": ("kill -9 of a chat being saved, under load", "tests/history/test_saving.py"),
+    "tree": (
+        "random operations on a chat's tree do what they do to a model of it",
+        "tests/history/test_tree.py",
+    ),
     "crash": ("kill -9 of the engine at every stage", "tests/engine/test_crash.py"),
 }
 """What each shows, and the tests that show it."""

@@ -222,20 +222,39 @@ class Conversations:
         return [Attachment(*row) for row in rows]
 
     def prompts(self, conversation: int, limit: int = PROMPTS_KEPT) -> list[str]:
-        """What was typed in the chat, the last first: its questions and what `remember_prompt`
-        added."""
+        """What was typed in the chat, the last first and nothing twice: the questions of all its
+        branches and what `remember_prompt` added."""
         with self.database.reading() as db:
             rows = db.execute(
-                "SELECT text FROM prompt WHERE conversation = ? ORDER BY id DESC LIMIT ?",
+                "SELECT content, created, id FROM message "
+                "WHERE conversation = ?1 AND role = 'user' AND trim(content) <> '' "
+                "UNION ALL SELECT text, created, 0 FROM prompt WHERE conversation = ?1 "
+                "ORDER BY created DESC, id DESC LIMIT ?2",
                 (conversation, limit),
             ).fetchall()
-        return [text for (text,) in rows]
+        return list(dict.fromkeys(text for text, *_ in rows))
+
+    def commands(self, conversation: int) -> list[tuple[str, float]]:
+        """What `remember_prompt` added, the first first, and when."""
+        with self.database.reading() as db:
+            return db.execute(
+                "SELECT text, created FROM prompt WHERE conversation = ? ORDER BY id",
+                (conversation,),
+            ).fetchall()
 
     def remember_prompt(self, conversation: int, text: str) -> None:
         """Add what was typed and is no question, such as a command."""
         with self.database.transaction() as db:
             conversation_row(db, conversation)
-            remember(db, conversation, sound(text))
+            db.execute(
+                "INSERT INTO prompt (conversation, text, created) VALUES (?, ?, ?)",
+                (conversation, sound(text), time.time()),
+            )
+            db.execute(
+                "DELETE FROM prompt WHERE conversation = ?1 AND id <= ("
+                "SELECT id FROM prompt WHERE conversation = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)",
+                (conversation, PROMPTS_KEPT),
+            )
 
     def to_forget(self) -> list[str]:
         """The engine's names of chats whose words it may still keep though they were deleted here.
@@ -319,21 +338,6 @@ def index_title(db: sqlite3.Connection, conversation: int, title: str) -> None:
     db.execute(
         "INSERT INTO conversation_words (rowid, body) VALUES (?, prepared(?))",
         (conversation, title),
-    )
-
-
-def remember(db: sqlite3.Connection, conversation: int, text: str) -> None:
-    """Add to what was typed in it; nothing twice in a row."""
-    last = db.execute(
-        "SELECT text FROM prompt WHERE conversation = ? ORDER BY id DESC LIMIT 1", (conversation,)
-    ).fetchone()
-    if not text.strip() or last == (text,):
-        return
-    db.execute("INSERT INTO prompt (conversation, text) VALUES (?, ?)", (conversation, text))
-    db.execute(
-        "DELETE FROM prompt WHERE conversation = ?1 AND id <= ("
-        "SELECT id FROM prompt WHERE conversation = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)",
-        (conversation, PROMPTS_KEPT),
     )
 
 

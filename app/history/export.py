@@ -96,7 +96,9 @@ def _chat(history: History, conversation: int) -> dict[str, Any]:
         "parameters": json.loads(encode_parameters(chat.parameters)),
         "draft": chat.draft,
         "draft_attachments": [{"name": one.name, "digest": one.digest} for one in draft],
-        "prompts": history.prompts(conversation)[::-1],
+        "commands": [
+            {"text": text, "created": created} for text, created in history.commands(conversation)
+        ],
         "active": chat.active,
         "messages": [_message(message) for message in messages],
         "attachments": texts,

@@ -121,7 +121,7 @@ def _own_chat(chat: Place) -> IncomingChat:
         parameters=_parameters(chat["parameters"]),
         draft=chat["draft"].text(""),
         draft_attachments=_own_attachments(chat["draft_attachments"], texts),
-        prompts=[one.text() for one in chat["prompts"]],
+        commands=[(one["text"].text(), one["created"].moment() or 0.0) for one in chat["commands"]],
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from app.engine.protocol import ToolCallPart
 from app.history import tree
-from app.history.conversations import encode_parameters, first_words, index_title
+from app.history.conversations import PROMPTS_KEPT, encode_parameters, first_words, index_title
 from app.history.records import (
     AnswerStats,
     Attachment,
@@ -64,8 +64,8 @@ class IncomingChat:
     parameters: Parameters = field(default_factory=Parameters)
     draft: str = ""
     draft_attachments: tuple[Attachment, ...] = ()
-    prompts: list[str] | None = None
-    """None: the questions."""
+    commands: list[tuple[str, float]] = field(default_factory=list)
+    """What was typed and is no question, and when."""
     left_out: int = 0
     """Parts, such as images, that the history has no place for."""
 
@@ -152,9 +152,8 @@ def store(history: History, chats: list[IncomingChat]) -> ImportResult:
                 tree.set_active(db, conversation, None)
             else:
                 tree.show(db, conversation, ids[chat.active][0])
-            prompts = asked if chat.prompts is None else chat.prompts
             db.executemany(
-                "INSERT INTO prompt (conversation, text) VALUES (?, ?)",
-                [(conversation, text) for text in prompts[-500:]],
+                "INSERT INTO prompt (conversation, text, created) VALUES (?, ?, ?)",
+                [(conversation, *command) for command in chat.commands[-PROMPTS_KEPT:]],
             )
     return ImportResult(new, already, left_out)

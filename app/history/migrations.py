@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from app.history.words import TOKENIZER
+from app.history.words import SHORTEST_PREFIX, TOKENIZER
 
 Migration = Callable[[sqlite3.Connection], None]
 
@@ -151,7 +151,7 @@ def reasoning_of_answers(db: sqlite3.Connection) -> None:
 @migration
 def chats_that_remember(db: sqlite3.Connection) -> None:
     """What belongs to a chat besides its messages; the child shown of each message; attachments;
-    what was typed; an index of the words.
+    commands that were typed; an index of the words.
 
     Ids are never used again, so that a deleted message can be put back. Parents are looked at when
     a transaction ends: a cascade along them would go as deep as a chat is long, and SQLite stops at
@@ -255,15 +255,12 @@ def chats_that_remember(db: sqlite3.Connection) -> None:
         CREATE TABLE prompt (
             id INTEGER PRIMARY KEY,
             conversation INTEGER NOT NULL REFERENCES conversation(id) ON DELETE CASCADE,
-            text TEXT NOT NULL
+            text TEXT NOT NULL,
+            created REAL NOT NULL
         )
         """
     )
     db.execute("CREATE INDEX prompt_conversation ON prompt(conversation)")
-    db.execute(
-        "INSERT INTO prompt (conversation, text) "
-        "SELECT conversation, content FROM message WHERE role = 'user' ORDER BY id"
-    )
     db.execute("CREATE TABLE attachment_text (digest TEXT PRIMARY KEY, text TEXT NOT NULL)")
     db.execute(
         """
@@ -280,7 +277,10 @@ def chats_that_remember(db: sqlite3.Connection) -> None:
     db.execute("CREATE INDEX attachment_conversation ON attachment(conversation)")
     db.execute("CREATE INDEX attachment_digest ON attachment(digest)")
     for kind in ("message", "conversation"):
-        db.execute(f'CREATE VIRTUAL TABLE {kind}_words USING fts5(body, tokenize="{TOKENIZER}")')
+        db.execute(
+            f"CREATE VIRTUAL TABLE {kind}_words "
+            f'USING fts5(body, tokenize="{TOKENIZER}", prefix={SHORTEST_PREFIX})'
+        )
         db.execute(
             f"CREATE TRIGGER {kind}_unindexed AFTER DELETE ON {kind} "
             f"BEGIN DELETE FROM {kind}_words WHERE rowid = old.id; END"

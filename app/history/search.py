@@ -11,6 +11,8 @@ from app.history.store import History
 from app.history.words import Query, folded
 
 SNIPPET_CHARACTERS = 120
+_RANKED = 1000
+_USUAL_LENGTH = 500
 # Beyond this the place of a hit is not looked for character by character.
 _MAX_SLOW_CHARACTERS = 20_000
 
@@ -21,9 +23,9 @@ def search(
     """Titles and messages in which all words of `text` are, in any order.
 
     Case, accents and vowel points make no difference, double quotes keep words together, and
-    nothing else is special. Titles come first, then messages in which the words begin so, the most
-    telling first (bm25); where these are fewer than `limit`, those in which the words are only
-    part of others, newest first.
+    nothing else is special. Titles come first, then messages in which words begin so (or, below
+    three letters, are so), of the newest thousand the most telling first; where these are fewer
+    than `limit`, those in which they are only part of other words, newest first.
 
     Args:
         limit: How many messages at most, and how many titles.
@@ -58,12 +60,14 @@ def _find(
     found: list[int] = []
     if query.match:
         exact = " AND instr(body, ?)" * len(query.exact)
-        rows = db.execute(
-            f"SELECT rowid FROM {words} WHERE {words} MATCH ?{exact}{only} "
-            "ORDER BY rank, rowid DESC LIMIT ?",
-            (query.match, *query.exact, *values, limit),
-        )
-        found = [id for (id,) in rows]
+        # Not FTS5's own rank: it looks at every match before it gives the first.
+        matches = db.execute(
+            f"SELECT rowid, body FROM {words} WHERE {words} MATCH ?{exact}{only} "
+            "ORDER BY rowid DESC LIMIT ?",
+            (query.match, *query.exact, *values, max(_RANKED, limit)),
+        ).fetchall()
+        matches.sort(key=lambda row: -_weight(row[1], query.terms))
+        found = [id for id, _ in matches[:limit]]
     if len(found) < limit:
         inside = " AND ".join(["instr(body, ?)"] * len(query.terms))
         rows = db.execute(
@@ -73,6 +77,13 @@ def _find(
         known = set(found)
         found += [id for (id,) in rows if id not in known]
     return found[:limit]
+
+
+def _weight(body: str, terms: Sequence[str]) -> float:
+    """How much a text is about the terms: as bm25 has it, where all terms are in every text."""
+    length = 0.25 + 0.75 * len(body) / _USUAL_LENGTH
+    counts = [f" {body}".count(f" {term}") for term in terms]
+    return sum(count / (count + 1.2 * length) for count in counts)
 
 
 def _title_hit(db: sqlite3.Connection, id: int, query: Query) -> SearchHit:

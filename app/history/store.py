@@ -21,7 +21,6 @@ from app.history.conversations import (
     clear_draft_attachments,
     conversation_row,
     first_words,
-    remember,
     set_title,
     update_conversation,
 )
@@ -61,7 +60,7 @@ class History(Conversations):
     ) -> StoredMessage:
         """Add a message under `parent` and make it the active leaf; when `parent` has children
         already, it is a branch beside them. A user's message empties the draft, for it is what the
-        draft became, and is remembered as a prompt."""
+        draft became."""
         now = time.time()
         content = sound(content)
         with self.database.transaction() as db:
@@ -87,7 +86,6 @@ class History(Conversations):
             if role == "user":
                 update_conversation(db, conversation, draft="")
                 clear_draft_attachments(db, conversation)
-                remember(db, conversation, content)
                 if chat.titled_by == "nobody":
                     _title_by_first_words(db, conversation)
             return _message(db, id)

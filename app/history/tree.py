@@ -184,16 +184,7 @@ def delete(db: sqlite3.Connection, root: StoredMessage) -> Deleted:
     subtree = f"{_SUBTREE} SELECT id FROM subtree"
     taken = _taken(db, f"IN ({subtree})", root.id)
     ids = [row[0] for row in taken["message"]]
-    # What was typed is gone with the questions that it became, unless one of them stays.
     db.executemany("DELETE FROM message WHERE id = ?", [(id,) for id in ids])
-    taken["prompt"] = []
-    for text in {row[0] for row in taken.pop("asked")}:
-        taken["prompt"] += db.execute(
-            "DELETE FROM prompt WHERE conversation = ?1 AND text = ?2 AND NOT EXISTS ("
-            "SELECT 1 FROM message WHERE conversation = ?1 AND role = 'user' AND content = ?2) "
-            "RETURNING *",
-            (conversation, text),
-        ).fetchall()
     drop_unused_texts(db)
     if active in set(ids):
         set_active(db, conversation, root.parent)
@@ -202,9 +193,7 @@ def delete(db: sqlite3.Connection, root: StoredMessage) -> Deleted:
 
 def take_all(db: sqlite3.Connection, conversation: int) -> dict[str, list[tuple[Any, ...]]]:
     """What the tree of a conversation consists of, by table; nothing is removed."""
-    taken = _taken(db, "IN (SELECT id FROM message WHERE conversation = ?)", conversation)
-    del taken["asked"]
-    return taken
+    return _taken(db, "IN (SELECT id FROM message WHERE conversation = ?)", conversation)
 
 
 def _taken(db: sqlite3.Connection, which: str, key: int) -> dict[str, list[tuple[Any, ...]]]:
@@ -222,9 +211,6 @@ def _taken(db: sqlite3.Connection, which: str, key: int) -> dict[str, list[tuple
         ).fetchall(),
         "message_words": db.execute(
             f"SELECT rowid, body FROM message_words WHERE rowid {which}", (key,)
-        ).fetchall(),
-        "asked": db.execute(
-            f"SELECT content FROM message WHERE role = 'user' AND id {which}", (key,)
         ).fetchall(),
     }
 
@@ -285,14 +271,23 @@ def index_words(db: sqlite3.Connection, id: int) -> None:
 
 def _messages(db: sqlite3.Connection, cursor: sqlite3.Cursor) -> list[StoredMessage]:
     found = []
-    for row in cursor.fetchall():
+    rows = cursor.fetchall()
+    attached_to = _with_attachments(db, {row[1] for row in rows})
+    for row in rows:
         fields = dict(zip(MESSAGE_COLUMNS, row, strict=True))
         fields["stats"] = _stats.decode(fields["stats"]) if fields["stats"] else None
         calls = fields["tool_calls"]
         fields["tool_calls"] = () if calls == "[]" else _calls.decode(calls)
-        fields["attachments"] = _attachments(db, fields["id"]) if fields["role"] == "user" else ()
+        id = fields["id"]
+        fields["attachments"] = _attachments(db, id) if id in attached_to else ()
         found.append(StoredMessage(**fields))
     return found
+
+
+def _with_attachments(db: sqlite3.Connection, conversations: Iterable[int]) -> set[int]:
+    """The messages that have any: to ask for each takes most of the time of a long chat."""
+    query = "SELECT message FROM attachment WHERE conversation = ? AND message IS NOT NULL"
+    return {id for one in conversations for (id,) in db.execute(query, (one,))}
 
 
 def _attachments(db: sqlite3.Connection, message: int) -> tuple[Attachment, ...]:

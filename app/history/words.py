@@ -17,6 +17,9 @@ TOKENIZER = "unicode61 remove_diacritics 0 categories 'L* N* M* So Co'"
 """What the index makes words of: all that `prepared` leaves but punctuation. Marks are part of a
 word, which in Indic scripts they are."""
 
+SHORTEST_PREFIX = 3
+"""Of a shorter word the index finds the whole word alone: too much begins with "a"."""
+
 MAX_QUERY_CHARACTERS = 500
 MAX_TERMS = 16
 
@@ -74,13 +77,20 @@ class Query:
         """For MATCH: texts in which a word, or a row of words, begins like each term. Empty where
         the index has nothing to go by, as for "->"."""
         words = [term for term in self.terms if any(map(_is_indexed, term))]
-        return " AND ".join(f'"{term.replace(chr(34), " ")}" *' for term in words)
+        return " AND ".join(
+            f'"{term.replace(chr(34), " ")}"{" *" * _is_prefix(term)}' for term in words
+        )
 
     @property
     def exact(self) -> list[str]:
         """The terms with characters that the index leaves out, which it therefore cannot tell from
         others: "c++" and "c"."""
         return [term for term in self.terms if not all(c == " " or c.isalnum() for c in term)]
+
+
+def _is_prefix(term: str) -> bool:
+    last = re.split(r"\W", term.rstrip())[-1]
+    return len(last) >= SHORTEST_PREFIX
 
 
 def _is_indexed(character: str) -> bool:

@@ -6,6 +6,9 @@ from app.engine.protocol import Message
 from app.history.records import Conversation, StoredMessage
 from app.history.store import History
 
+_TRIED = 50
+"""Of the chats used last, how many are tried until one is open in no other gryphon."""
+
 
 class Chat:
     """One path through a conversation's tree. It is written to the file from its first word on;
@@ -27,7 +30,7 @@ class Chat:
     def resume(self) -> bool:
         """Open the chat used last of those that no other gryphon has open; False when that is
         not the last of all."""
-        conversations = self.history.conversations()
+        conversations = self.history.conversations(limit=_TRIED)
         for conversation in conversations:
             if self.history.claim(conversation.id):
                 self.conversation = conversation

@@ -26,6 +26,8 @@ LATEST_TICKS = 250 // TICK_MS
 _WRITER = f"""
 import asyncio, sys
 from pathlib import Path
+from app.history import database
+database.BUSY_TIMEOUT_S = 60  # this machine may be a busy one
 from app.history.saving import SavedAnswer
 from app.history.store import History
 
@@ -60,6 +62,8 @@ loop.run_until_complete(write())
 _RIVAL = """
 import random, sys
 from pathlib import Path
+from app.history import database
+database.BUSY_TIMEOUT_S = 60
 from app.history.store import History
 history = History(Path(sys.argv[1]))
 chat = history.create_conversation()

@@ -361,7 +361,11 @@ def test_drafts_have_attachments_and_prompts_are_remembered(history: History) ->
     assert edited.attachments == asked.attachments and edited.parent is None
     history.remember_prompt(chat.id, "/help")
     history.remember_prompt(chat.id, "/help")
-    assert history.prompts(chat.id) == ["/help", "About it:", "About these:"]
+    history.append(chat.id, None, "user", "About these:")
+    history.append(chat.id, None, "assistant", "An answer")
+    assert history.prompts(chat.id) == ["About these:", "/help", "About it:"]
+    assert history.prompts(chat.id, 1) == ["About these:"]
+    assert [text for text, _ in history.commands(chat.id)] == ["/help", "/help"]
 
     def texts() -> int:
         query = "SELECT count(*) FROM attachment_text"
