@@ -66,7 +66,7 @@ def main() -> int:
         def say() -> None:
             history.append(long_chat.id, leaf, "user", "A question of some words. " * 10)
 
-        measure("append a question", say)
+        measure("append a branch at its end", say)
         history.close()
     return 0
 

@@ -41,6 +41,7 @@ def test_a_history_of_an_earlier_version_is_all_there(path: Path, version: int) 
     assert first.stats.decode_tps == 2.0
     assert first.reasoning == ("" if version == 1 else "Because 漢字 …")
     assert (last.content, last.state) == ("From the ro", "interrupted")
+    assert history.choose(why.id) == last, "the path is what was shown, not what is newest"
     second = history.siblings(first.id)[1]
     assert history.choose(second).error == "The engine stopped."
     assert history.choose(first.id) == last, "what was shown below is shown again"

@@ -90,7 +90,7 @@ def test_kill_9_under_load_loses_at_most_250_ms_of_text(
     ]
     writer, rival = processes
     assert writer.stdout is not None and rival.stdout is not None
-    lines = [writer.stdout.readline() for _ in range(draw.choice([1, 30, 299, 301, 900]))]
+    lines = [writer.stdout.readline() for _ in range(draw.randrange(1, 1200))]
     for process in draw.sample(processes, 2):
         process.kill()
     lines += writer.stdout.readlines()

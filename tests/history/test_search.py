@@ -123,6 +123,12 @@ def test_nothing_typed_is_an_error(history: History, ids: dict[str, int], query:
     search(history, query)
 
 
+def test_scripts_without_spaces_are_indexed_by_character() -> None:
+    assert prepared("我爱北京 really") == "我 爱 北 京 really"
+    assert prepared("A🎉🎉b") == "a 🎉 🎉 b"
+    assert Query.parse("北京").match == '"北 京"', "a phrase: found by the index, anywhere"
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(), max_size=40))
 def test_a_query_is_one_whatever_it_is(text: str) -> None:
