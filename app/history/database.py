@@ -161,7 +161,9 @@ class Database:
             try:
                 yield self.connection
             finally:
-                self.connection.execute("ROLLBACK")
+                # Some faults, such as a full disk, have ended it already.
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
 
     @contextmanager
     def faults(self) -> Iterator[None]:
