@@ -41,6 +41,11 @@ PROOFS = {
         "a conversion killed at random, and one of 2 GB in memory (from scale 25 on)",
         "tests/models/test_conversion_limits.py",
     ),
+    "history": ("kill -9 of a chat being saved, under load", "tests/history/test_saving.py"),
+    "tree": (
+        "random operations on a chat's tree do what they do to a model of it",
+        "tests/history/test_tree.py",
+    ),
     "crash": ("kill -9 of the engine at every stage", "tests/engine/test_crash.py"),
     "conformance": (
         "the endpoint keeps to its OpenAPI document: schemathesis, all checks",

@@ -135,6 +135,50 @@ def _conversion_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _chats_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    chats = commands.add_parser(
+        "chats",
+        help="list, search, show, export, import and remove chats",
+        description="The chats in the history. Without an action, lists them.",
+    )
+    # Of the list, when there is no action.
+    chats.add_argument("--json", action="store_true")
+    chats.set_defaults(folder=None, limit=0)
+    actions = chats.add_subparsers(dest="action", metavar="ACTION")
+
+    def action(name: str, description: str) -> argparse.ArgumentParser:
+        parser = actions.add_parser(name, help=description)
+        parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+        return parser
+
+    chat_list = action("list", "all chats, pinned ones first, then the one used last")
+    chat_list.add_argument("--folder", metavar="NAME", help="those in this folder")
+    chat_list.add_argument("--limit", type=int, default=0, metavar="N", help="default: all")
+    chat_search = action("search", "find words in titles and messages")
+    chat_search.add_argument("words", nargs="+", help='all must be there; "double quotes" join')
+    chat_search.add_argument("--limit", type=int, default=20, metavar="N", help="default: 20")
+    chat_show = action("show", "print a chat")
+    chat_show.add_argument("chat", type=int, help="its number, as `gryphon chats` lists it")
+    chat_export = action("export", "write chats to a file")
+    chat_export.add_argument("chats", type=int, nargs="*", metavar="CHAT", help="default: all")
+    chat_export.add_argument(
+        "--format", choices=["json", "markdown"], default="json",
+        help="json (default) holds everything and can be imported; markdown is for reading",
+    )  # fmt: skip
+    chat_export.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="a new file; default: standard output"
+    )
+    chat_import = action("import", "add the chats of a file")
+    chat_import.add_argument(
+        "file", type=Path,
+        help="JSON: an export of Gryphon or ChatGPT (its archive too), or messages as OpenAI's and "
+        "Ollama's APIs take them",
+    )  # fmt: skip
+    chat_rm = action("rm", "remove chats, and what the engine keeps of them")
+    chat_rm.add_argument("chats", type=int, nargs="+", metavar="CHAT")
+    chat_rm.add_argument("-y", "--yes", action="store_true", help="do not ask")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -150,6 +194,8 @@ def build_parser() -> argparse.ArgumentParser:
     _model_option(chat)
     _server_options(chat)
     chat.add_argument("--no-serve", action="store_true", help="no REST endpoint beside the chat")
+
+    _chats_command(commands)
 
     run = commands.add_parser(
         "run",
@@ -375,6 +421,7 @@ def build_parser() -> argparse.ArgumentParser:
 # Command to the module and function that carries it out.
 _COMMANDS = {
     "chat": "app.cli.faces:chat",
+    "chats": "app.cli.chats:chats",
     "serve": "app.cli.faces:serve",
     "run": "app.cli.run:run",
     "pull": "app.cli.pull:pull",

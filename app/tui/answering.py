@@ -5,10 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
-
-import msgspec
 
 from app.engine.client import EngineClient
 from app.engine.protocol import (
@@ -19,12 +15,13 @@ from app.engine.protocol import (
     GenerationRequest,
     Progress,
     Token,
+    ToolCall,
+    ToolCallPart,
 )
 from app.errors import GryphonError
-from app.history.records import MessageState, StoredMessage
+from app.history.records import AnswerStats, MessageState, StoredMessage
+from app.history.saving import SavedAnswer
 from app.history.store import History
-
-SAVE_EVERY_S = 0.2
 
 
 class Answering:
@@ -39,11 +36,7 @@ class Answering:
         history: History,
         on_save_failed: Callable[[GryphonError], None],
     ) -> None:
-        self.row = row
-        """The message as saved; final once `ended` is set."""
         self.request = request
-        self.text = ""
-        self.reasoning = ""
         self.notice = ""
         """What the engine says about how this runs."""
         self.activity = "waiting"
@@ -53,18 +46,29 @@ class Answering:
         self.stop_asked = False
         self.changed = asyncio.Event()
         self.ended = asyncio.Event()
-        self._history = history
-        self._on_save_failed = on_save_failed
-        self._save_timer: asyncio.TimerHandle | None = None
+        self._saved = SavedAnswer(history, row, on_trouble=on_save_failed)
         self._first_token_at = self._last_token_at = 0.0
-        self._stats: dict[str, Any] | None = None
-        self._is_unsaved = False
+        self._finish_reason: str | None = None
+        self._stats: AnswerStats | None = None
+
+    @property
+    def row(self) -> StoredMessage:
+        """The message as saved; final once `ended` is set."""
+        return self._saved.row
+
+    @property
+    def text(self) -> str:
+        return self._saved.text
+
+    @property
+    def reasoning(self) -> str:
+        return self._saved.reasoning
 
     @property
     def tps(self) -> float:
         """Tokens per second: as seen from here while they come, the engine's own figure after."""
         if self._stats is not None:
-            return float(self._stats["decode_tps"])
+            return self._stats.decode_tps
         if self.tokens < 2:
             return 0.0
         elapsed = self._last_token_at - self._first_token_at
@@ -106,81 +110,36 @@ class Answering:
                     self._first_token_at = self._last_token_at
                 self.tokens += 1
                 self.activity = "thinking" if event.reasoning else "generating"
-                self._add(event.text, event.reasoning)
+                self._saved.add(event.text, event.reasoning)
+            case ToolCall():
+                self._saved.add_tool_call(ToolCallPart(event.call_id, event.name, event.arguments))
             case Finished():
-                self._add(event.text, event.reasoning)
+                self._saved.add(event.text, event.reasoning)
                 self.prompt_tokens = event.usage.prompt_tokens
                 self.tokens = event.usage.completion_tokens
-                self._stats = {
-                    "reason": event.reason,
-                    "usage": msgspec.to_builtins(event.usage),
-                    "timings": msgspec.to_builtins(event.timings),
-                    "decode_tps": event.timings.decode_tps(event.usage),
-                    "context_length": self.context_length,
-                }
-
-    def _add(self, text: str, reasoning: str) -> None:
-        if not text and not reasoning:
-            return
-        self.text += text
-        self.reasoning += reasoning
-        if self._save_timer is None:
-            loop = asyncio.get_running_loop()
-            self._save_timer = loop.call_later(SAVE_EVERY_S, self._save)
-
-    def _save(self) -> None:
-        self._save_timer = None
-        try:
-            self._history.update_text(self.row.id, self.text, self.reasoning)
-        except GryphonError as error:
-            self._on_save_failed(error)
+                self._finish_reason = event.reason
+                self._stats = AnswerStats(
+                    prompt_tokens=event.usage.prompt_tokens,
+                    cached_tokens=event.usage.cached_tokens,
+                    completion_tokens=event.usage.completion_tokens,
+                    queue_s=event.timings.queue_s,
+                    prefill_s=event.timings.prefill_s,
+                    decode_s=event.timings.decode_s,
+                    context_length=self.context_length,
+                )
 
     def end(self, state: MessageState, error: str | None = None) -> None:
-        """Save the whole of it and how it ended."""
-        if self._save_timer is not None:
-            self._save_timer.cancel()
-        try:
-            self.row = self._history.finish(
-                self.row.id,
-                self.text,
-                state,
-                error=error,
-                stats=self._stats,
-                reasoning=self.reasoning,
-            )
-        except GryphonError as failure:
-            # The screen keeps the whole answer; the file has it up to the last save that worked.
-            self.row = replace(
-                self.row,
-                content=self.text,
-                state=state,
-                error=error,
-                stats=self._stats,
-                reasoning=self.reasoning,
-            )
-            self._is_unsaved = True
-            self._on_save_failed(failure)
+        """Save the whole of it and how it ended. What cannot be saved stays on screen and is tried
+        again."""
+        self._saved.end(state, finish_reason=self._finish_reason, error=error, stats=self._stats)
         self.activity = "idle"
         self.ended.set()
         self.changed.set()
 
-    def save_again(self) -> None:
-        """Save an ended answer whose save had failed; the file may be writable again.
-
-        Raises:
-            GryphonError: it still is not.
-        """
-        if self._is_unsaved:
-            row = self.row
-            self._history.finish(
-                row.id,
-                row.content,
-                row.state,
-                error=row.error,
-                stats=self._stats,
-                reasoning=row.reasoning,
-            )
-            self._is_unsaved = False
+    def close(self) -> None:
+        """Save what still is not, and do not try again."""
+        self._saved.save()
+        self._saved.stop()
 
 
 def describe(progress: Progress) -> str:

@@ -6,13 +6,8 @@ from app.engine.protocol import Message
 from app.history.records import Conversation, StoredMessage
 from app.history.store import History
 
-
-def engine_chat(conversation: int) -> str:
-    """The name under which the engine keeps what it has read of a conversation.
-
-    Whoever deletes a conversation passes it to `EngineClient.forget_chat`.
-    """
-    return f"history-{conversation}"
+_TRIED = 50
+"""Of the chats used last, how many are tried until one is open in no other gryphon."""
 
 
 class Chat:
@@ -27,10 +22,15 @@ class Chat:
         self.draft = ""
         """Typed and not sent, as last saved."""
 
+    @property
+    def engine_chat(self) -> str:
+        """The name under which the engine keeps what it has read of it."""
+        return self._conversation().engine_chat
+
     def resume(self) -> bool:
         """Open the chat used last of those that no other gryphon has open; False when that is
         not the last of all."""
-        conversations = self.history.conversations()
+        conversations = self.history.conversations(limit=_TRIED)
         for conversation in conversations:
             if self.history.claim(conversation.id):
                 self.conversation = conversation

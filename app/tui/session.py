@@ -10,10 +10,11 @@ from collections.abc import Callable
 from app.engine.client import EngineClient
 from app.engine.protocol import Failed, GenerationRequest, Progress
 from app.errors import GryphonError
+from app.history.forgetting import forget_deleted
 from app.history.store import History
 from app.library.installed import InstalledModel
 from app.tui.answering import Answering, describe
-from app.tui.chat import Chat, engine_chat
+from app.tui.chat import Chat
 from app.tui.ports import EngineFactory
 
 
@@ -59,10 +60,9 @@ class Session:
             used = self.answering.prompt_tokens + self.answering.tokens
             return used, self.answering.context_length or limit
         for message in reversed(self.chat.path):
-            if message.stats:
-                usage = message.stats["usage"]
-                used = usage["prompt_tokens"] + usage["completion_tokens"]
-                return used, message.stats.get("context_length") or limit
+            if stats := message.stats:
+                used = stats.prompt_tokens + stats.completion_tokens
+                return used, stats.context_length or limit
         return 0, limit
 
     async def load_model(self, on_change: Callable[[], None]) -> None:
@@ -92,13 +92,13 @@ class Session:
             GryphonError: the history cannot be written; nothing was begun.
         """
         assert self.model is not None and not self.is_answering
-        self._save_again()
+        self._close_answering()
         row = self.chat.begin_answer(self.model.name)
         request = GenerationRequest(
             id=uuid.uuid4().hex,
             model=self.model.ref,
             messages=self.chat.request_messages(),
-            chat=engine_chat(row.conversation),
+            chat=self.chat.engine_chat,
         )
         self.answering = answering = Answering(
             row, request, history=self.chat.history, on_save_failed=on_save_failed
@@ -126,7 +126,7 @@ class Session:
     async def start_new_chat(self) -> None:
         """Leave this chat, and with it the answer in progress."""
         await self.drop_answer()
-        self._save_again()
+        self._close_answering()
         self.chat.start_new()
         self.answering = None
 
@@ -146,15 +146,17 @@ class Session:
         """Save what came and what is typed, and let go of the engine."""
         await self.drop_answer()
         # The screen is gone by now: a fault of the file can only be met by ending anyway.
+        self._close_answering()
         with contextlib.suppress(GryphonError):
-            self._save_again()
             self.chat.save_draft(self.typed)
         if self._engine is not None:
+            with contextlib.suppress(GryphonError):
+                await forget_deleted(self.chat.history, self._engine.forget_chat)
             await self._engine.close()
 
-    def _save_again(self) -> None:
+    def _close_answering(self) -> None:
         if self.answering is not None:
-            self.answering.save_again()
+            self.answering.close()
 
     def _get_engine(self) -> EngineClient:
         if self._engine is None:

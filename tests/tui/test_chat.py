@@ -51,7 +51,8 @@ async def test_the_model_is_asked_with_the_whole_path(chatting: Chat) -> None:
         await chat.send("Second")
         await chat.until(lambda: len(chat.engine.requests) == 2, "a second request")
         request = chat.engine.requests[1]
-        assert request.chat == chat.engine.requests[0].chat == "history-1"
+        conversation = chat.app.session.chat.conversation
+        assert request.chat == chat.engine.requests[0].chat == conversation.engine_chat
         assert request.model.name == "tiny-model"
         assert request.messages == [
             Message("user", "First"),

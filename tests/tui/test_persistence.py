@@ -285,6 +285,28 @@ async def test_an_answer_whose_save_failed_is_saved_when_the_file_can_be_written
     assert ("assistant", "A long and good answer.", "complete") in chat.saved()
 
 
+async def test_a_damaged_history_is_set_aside_and_said(chatting: Chat, history_path: Path) -> None:
+    history_path.write_bytes(b"no database at all" * 100)
+    async with chatting([["Hello."]]) as chat:
+        await chat.until_seen("The chat history was damaged")
+        await chat.send("Anyway")
+        await chat.until_seen("Hello.")
+    assert len(list(history_path.parent.glob("*.damaged-*"))) == 1
+
+
+async def test_the_engine_forgets_what_was_deleted_before_a_kill(
+    chatting: Chat, history_path: Path
+) -> None:
+    history = History(history_path)
+    doomed = history.create_conversation()
+    history.append(doomed.id, None, "user", "secret")
+    history.delete_conversation(doomed.id)
+    history.close()
+    async with chatting() as chat:
+        engine = chat.engine
+    assert engine.forgotten == [doomed.engine_chat]
+
+
 async def test_a_chat_open_elsewhere_does_not_hide_the_one_before_it(
     chatting: Chat, history_path: Path
 ) -> None:

@@ -85,6 +85,8 @@ class ChatScreen(Screen[None]):
         except GryphonError as error:
             self._trouble(error)
         await self._show_chat()
+        if notice := self.session.chat.history.notice:
+            self._tell(notice, is_error=True)
         if not is_last:
             which = "an earlier one" if self.session.chat.path else "a new one"
             await self.transcript.add(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import webbrowser
-from typing import Any
 from urllib.parse import urlsplit
 
 from textual import on
@@ -87,17 +86,17 @@ def ending(message: StoredMessage) -> str:
         case "interrupted" | "streaming":
             return "interrupted: Gryphon ended before the answer did · Ctrl+R to retry"
         case "complete":
-            return _figures(message.stats or {})
+            return _figures(message)
 
 
-def _figures(stats: dict[str, Any]) -> str:
-    usage = stats.get("usage")
-    if not usage:
+def _figures(message: StoredMessage) -> str:
+    stats = message.stats
+    if stats is None:
         return ""
-    count = usage["completion_tokens"]
+    count = stats.completion_tokens
     figures = [f"{count} token{'' if count == 1 else 's'}"]
-    if tps := stats.get("decode_tps"):
+    if tps := stats.decode_tps:
         figures.append(f"{tps:.1f} tok/s")
-    if stats.get("reason") == "length":
+    if message.finish_reason == "length":
         figures.append("stopped at the length limit")
     return " · ".join(figures)
