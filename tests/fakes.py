@@ -38,8 +38,8 @@ class FakeEngine:
     `answers` holds, per coming request, a list of pieces: a str becomes a `Token`, an event goes
     out as it is (its id filled in), an `asyncio.Event` is waited for. After the pieces the request
     finishes by itself unless a piece was terminal. Requests made are kept in `requests`, models
-    loaded in `loads` with how long they are to stay, cancelled ids in `cancelled`, forgotten chats in
-    `forgotten`.
+    loaded in `loads` with how long they are to stay, cancelled ids in `cancelled`, forgotten chats
+    in `forgotten`.
 
     A text has one token per byte, whose id is the byte. An input's vector is what its bytes count,
     of length 1: as many numbers as `dimensions`. `refuses` is raised by the next that is no stream.
