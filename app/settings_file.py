@@ -104,7 +104,7 @@ def _text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a home that is a file is told of by others
         return ""
     except OSError as error:
         raise _invalid(path, f"it cannot be read ({error.strerror or error})") from error

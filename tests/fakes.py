@@ -162,14 +162,16 @@ class FakeEngine:
 
     async def tokenize(self, command: Tokenize) -> Tokenized:
         self._ask(command)
-        ids = [*(command.text or "").encode()]
+        said = [message.content for message in command.messages or []]
+        ids = [*(command.text or "".join(said)).encode()]
         return Tokenized(
             command.id, ids, [bytes([id]) for id in ids] if command.with_pieces else None
         )
 
     async def detokenize(self, command: Detokenize) -> Detokenized:
         self._ask(command)
-        return Detokenized(command.id, bytes(command.tokens).decode())
+        spelled = bytes(id % 256 for id in command.tokens)
+        return Detokenized(command.id, spelled.decode(errors="replace"))
 
     async def load(
         self, model: ModelRef, *, keep_alive_s: float | None = None

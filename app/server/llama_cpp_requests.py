@@ -17,8 +17,7 @@
 
 "Neutral only" and "unknown" are refused with 400. "No effect" can change no answer here: reuse of
 prompts needs no slot and no permission, and a prompt that does not fit is refused, never shortened.
-`infill` among the samplers is taken as min_p of 0.2: llama.cpp's drops what is less likely than a
-fifth, and ours less than a fifth of the likeliest. Without `temperature` and the like the model's
+`infill` among the samplers: `app.server.samplers`. Without `temperature` and the like the model's
 own recommendation holds.
 
 `/tokenize`: content (text), add_special, parse_special, with_pieces, model. `/detokenize`: tokens,
@@ -29,32 +28,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from app.engine.protocol import ContextFile, Infill, Sampling
 from app.engine.request_checks import MAX_CONTEXT_FILES, MAX_LOGIT_BIAS, MAX_PATH
 from app.engine.token_commands import MAX_TOKENS
+from app.server.samplers import Samplers, with_samplers
 from app.server.validation import Fields, refuse, shown
 
 _MAX_INT = 2**31 - 1
-_INFILL_MIN_P = 0.2
-# What a sampler that is left out leaves the settings at.
-_OFF: dict[str, dict[str, Any]] = {
-    "penalties": {
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-    },
-    "top_k": {"top_k": 0},
-    "typ_p": {"typical_p": 1.0},
-    "top_p": {"top_p": 1.0},
-    "min_p": {"min_p": 0.0},
-    "xtc": {"xtc_probability": 0.0},
-    "temperature": {"temperature": 1.0},
-}
-_SAME = {"typical_p": "typ_p"}
-_SAMPLERS = {*_OFF, *_SAME, "dry", "top_n_sigma", "infill"}
-
 Text = Annotated[str, Field(max_length=16 * 1024 * 1024)]
 ModelName = Annotated[str, Field(max_length=256)]
 
@@ -69,6 +59,18 @@ class _Fields(Fields):
             return data
         return {name: value for name, value in data.items() if value is not None}
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        required = schema.get("required", [])
+        schema["properties"] = {
+            name: one if name in required else {"anyOf": [one, {"type": "null"}]}
+            for name, one in schema.get("properties", {}).items()
+        }
+        return schema
+
 
 class ExtraFile(_Fields):
     """One of `input_extra`."""
@@ -77,14 +79,6 @@ class ExtraFile(_Fields):
 
     text: Text
     filename: Annotated[str, Field(max_length=MAX_PATH)] | None = None
-
-
-def _sampler(name: Any) -> str:
-    if not isinstance(name, str) or name not in _SAMPLERS:
-        known = ", ".join(sorted(_SAMPLERS))
-        raise refuse("invalid_value", f"{{path}} should be one of {known}, got {{value}}",
-                     value=shown(name))  # fmt: skip
-    return _SAME.get(name, name)
 
 
 def _bias(value: Any) -> dict[int, float]:
@@ -184,16 +178,7 @@ class InfillFields(_Fields):
     ] = None
     seed: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
     ignore_eos: bool = False
-    samplers: (
-        list[
-            Annotated[
-                str,
-                PlainValidator(_sampler),
-                WithJsonSchema({"type": "string", "enum": sorted(_SAMPLERS)}),
-            ]
-        ]
-        | None
-    ) = None
+    samplers: Samplers | None = None
 
     @model_validator(mode="after")
     def _penalties_see_everything(self) -> InfillFields:
@@ -236,12 +221,7 @@ class InfillFields(_Fields):
         }
         if self.xtc_threshold is not None and self.xtc_threshold > 0.5:
             given |= {"xtc_probability": 0.0, "xtc_threshold": None}  # there is nothing to exclude
-        if self.samplers is not None:
-            for name, off in _OFF.items():
-                if name not in self.samplers:
-                    given |= off
-            if "infill" in self.samplers:
-                given["min_p"] = max(given["min_p"] or 0.0, _INFILL_MIN_P)
+        given = with_samplers(given, self.samplers)
         return Sampling(**{name: value for name, value in given.items() if value is not None})
 
 

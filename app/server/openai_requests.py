@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, mod
 from app.engine.protocol import GenerationRequest, Sampling
 from app.server.answer_forms import StructuredOutputs
 from app.server.errors import ApiError
+from app.server.samplers import Samplers, with_samplers
 from app.server.validation import Fields, refuse, shown
 
 WITHOUT_EFFECT = frozenset(
@@ -30,6 +31,8 @@ WITHOUT_EFFECT = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
+        "id_slot",  # llama.cpp's
+        "cache_prompt",
     }
 )
 """No accounts, nothing stored, and prefix reuse needs no key."""
@@ -127,6 +130,8 @@ class SamplingFields(Fields):
         dict[int, float] | None, PlainValidator(_token_biases), WithJsonSchema(_BIASES_SCHEMA)
     ] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    samplers: Samplers | None = None
+    """llama.cpp's: what is left out is off."""
 
     @model_validator(mode="after")
     def _one_penalty(self) -> SamplingFields:
@@ -142,11 +147,12 @@ class SamplingFields(Fields):
     def sampling(self) -> Sampling:
         """What the request says; the rest is left to the model and the house."""
         values = {name: getattr(self, name) for name in SamplingFields.model_fields}
-        penalty = values.pop("repeat_penalty")
+        penalty, samplers = values.pop("repeat_penalty"), values.pop("samplers")
         if penalty is not None:
             values["repetition_penalty"] = penalty
         if values["top_k"] == -1:
             values["top_k"] = 0
+        values = with_samplers(values, samplers)
         return Sampling(**{name: value for name, value in values.items() if value is not None})
 
 

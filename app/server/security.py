@@ -277,7 +277,9 @@ class KeyCheck:
 class JsonOnly:
     """Require `application/json` where there is a body.
 
-    A page may send text/plain or a form across origins unasked; JSON needs a preflight first.
+    A page may send text/plain or a form across origins unasked; JSON needs a preflight first. A
+    body without any type passes if no page can have sent it: browsers say where a request with a
+    body comes from, and some programs (litellm) leave the type out.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -286,8 +288,11 @@ class JsonOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # What no route takes gets its 404 or 405 instead.
         if scope["type"] == "http" and scope["method"] in _WITH_BODY and _is_routed(scope):
-            given = Headers(scope=scope).get("content-type", "")
-            if given.partition(";")[0].strip().lower() != "application/json":
+            headers = Headers(scope=scope)
+            given = headers.get("content-type")
+            is_page = "origin" in headers or "sec-fetch-site" in headers
+            is_json = (given or "").partition(";")[0].strip().lower() == "application/json"
+            if not is_json and (given is not None or is_page):
                 error = ApiError(
                     415,
                     "unsupported_media_type",

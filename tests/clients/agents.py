@@ -75,7 +75,6 @@ def test_aider_edits_a_file_and_commits_it(
     record_property("files_edited", 1)
 
 
-@pytest.mark.speaks("/api/chat")
 def test_oterm_shows_an_answer(
     server: Server, tape: Tape, tmp_path: Path, record_property: Record
 ) -> None:

@@ -275,12 +275,20 @@ def test_post_must_be_json(server: Server, engine: ScriptedEngine, content_type:
     assert engine.requests == []
 
 
-def test_post_without_content_type(server: Server) -> None:
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (b"", 400),  # a program: its body is read, and lacks everything
+        (b"Sec-Fetch-Site: none\r\n", 415),
+        (b"Origin: vscode-webview://editor\r\n", 415),
+    ],
+)
+def test_a_body_of_no_type_is_a_programs_alone(server: Server, header: bytes, status: int) -> None:
     request = (
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-        b"Content-Length: 2\r\n\r\n{}"
+        b"Content-Length: 2\r\n%b\r\n{}" % header
     )
-    assert raw(server, request).startswith(b"HTTP/1.1 415 ")
+    assert raw(server, request).startswith(b"HTTP/1.1 %d " % status)
 
 
 def test_json_with_parameters(server: Server) -> None:
