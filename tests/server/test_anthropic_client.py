@@ -118,7 +118,7 @@ def test_beta_fields(client: anthropic.Anthropic, engine: ScriptedEngine) -> Non
 
 def test_count_tokens(client: anthropic.Anthropic, engine: ScriptedEngine) -> None:
     counted = client.messages.count_tokens(model=SMOL.name, messages=ASK, tools=[TOOL])
-    assert counted.input_tokens == 0 and len(engine.asked) == 1
+    assert counted.input_tokens == 2 and len(engine.asked) == 1
 
 
 def test_models(client: anthropic.Anthropic) -> None:
