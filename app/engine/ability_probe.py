@@ -5,7 +5,6 @@ Imports no MLX. Ends with the answer on standard output, or with a status that i
 
 from __future__ import annotations
 
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from app.engine.abilities import Abilities
+from app.engine.address_space import limit_address_space
 from app.engine.chat_prompt import ChatPrompts
 from app.engine.conversation import Message, Tool
 from app.engine.template import ChatTemplate
@@ -63,10 +63,7 @@ def main() -> None:
     """Entry point: the directory and the time limit in seconds are its arguments."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))
-    if sys.platform == "linux":  # macOS maps more than this before we begin, and then refuses it
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        if hard == resource.RLIM_INFINITY or hard > _ADDRESS_SPACE_BYTES:
-            resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE_BYTES, hard))
+    limit_address_space(_ADDRESS_SPACE_BYTES)
     found = msgspec.json.encode(abilities_of(Path(sys.argv[1])))
     sys.stdout.buffer.write(found)
 

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import resource
 import signal
 import struct
 import sys
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
+from app.engine.address_space import limit_address_space
 from app.engine.conversation import Message, Tool, ToolCallPart
 from app.engine.preparation_work import Prepared, Texts, Work
 from app.engine.preparation_work import Prompt as Prompt
@@ -268,10 +268,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO, time_limit_s: float) -> None:
 def main() -> None:
     """Entry point of the preparation process."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    if sys.platform == "linux":  # macOS maps more than this before we begin, and then refuses it
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        if hard == resource.RLIM_INFINITY or hard > _ADDRESS_SPACE_BYTES:
-            resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE_BYTES, hard))
+    limit_address_space(_ADDRESS_SPACE_BYTES)
     _serve(sys.stdin.buffer, sys.stdout.buffer, float(sys.argv[1]))
 
 

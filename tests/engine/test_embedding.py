@@ -69,10 +69,10 @@ FAMILIES = {
     "zoo falcon_h1": FALCON_H1,
     "zoo qwen3_next": QWEN3_NEXT,
 }
-# Around the windows of 8, and several chunks of 128; some twice, to share a call without padding.
+# Around the windows of 8, and several chunks; some twice, to share a call without padding.
 LENGTHS = (1, 2, 7, 40, 41, 300, 2, 300, 41)
 TOLERANCE = 1e-5
-"""Of each number of a vector of length 1, in float32. Measured: 1.2e-6 at most."""
+"""Of each number of a vector of length 1, in float32."""
 
 
 @pytest.fixture(scope="session")
